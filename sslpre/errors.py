@@ -1,0 +1,13 @@
+"""The only error a user sees without `--debug`."""
+
+
+class SslpreError(Exception):
+    """A failure the user can act on: printed as `error: MESSAGE`, then `hint: HINT`, and the process exits with `code`.
+
+    Exit codes: 2 usage or recipe · 3 environment · 4 no or unreadable data, no labels · 5 unreadable checkpoint ·
+    6 resume refused · 10 non-finite loss · 20 too many bad images · 130 Ctrl-C.
+    """
+
+    def __init__(self, message: str, hint: str = "", code: int = 2):
+        super().__init__(message)
+        self.message, self.hint, self.code = message, hint, code

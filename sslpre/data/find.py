@@ -1,0 +1,290 @@
+"""Find the images in a folder, once, into a packed index.
+
+Names are bytes from end to end, so that non-UTF-8 names, newlines and emoji are names like any other; they become text
+only to be printed. An index of a million files is two arrays and one bytes object, not a million Python strings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import stat
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sslpre.data import Source
+from sslpre.data.decode import MAX_PIXELS, decode, header_size
+from sslpre.errors import SslpreError
+
+EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
+READS = "sslpre reads " + ", ".join(sorted(extension.decode()[1:] for extension in EXTENSIONS))
+TEST_NAMES = (b"test", b"val", b"valid", b"validation")  # the first that exists beside train/ is the test split
+HIDDEN, RUN, UNREADABLE, BROKEN, SPECIAL = "hidden", "run folder", "unreadable folder", "broken link", "not a file"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds; `skipped` counts all that is no image, by extension (`.txt`) or kind (`hidden`)."""
+
+    train: Source
+    test: Source | None
+    skipped: dict[str, int]
+    note: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images below one folder, sorted by the bytes of their relative names. A Source."""
+
+    root: bytes
+    where: str
+    names: bytes  # all relative names, end to end
+    ends: np.ndarray  # int64 [N + 1]: name i is names[ends[i]:ends[i + 1]]
+    sizes: np.ndarray  # int64 [N], bytes on disk
+    labels: np.ndarray
+    classes: list[str]
+    max_pixels: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def relative(self, i: int) -> bytes:
+        """The name below `root`, as the file system has it."""
+        return self.names[self.ends[i] : self.ends[i + 1]]
+
+    def name(self, i: int) -> str:
+        return printable(self.relative(i))
+
+    def path(self, i: int) -> bytes:
+        return self.root + b"/" + self.relative(i)
+
+    def read(self, i: int, side: int | None = None) -> np.ndarray:
+        return decode(self.path(i), side, self.max_pixels)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return header_size(self.path(i), self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of another source, in the order given. A Source."""
+
+    source: Source
+    rows: np.ndarray  # int64 [N]
+    where: str
+    labels: np.ndarray
+    classes: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.rows[i]))
+
+    def read(self, i: int, side: int | None = None) -> np.ndarray:
+        return self.source.read(int(self.rows[i]), side)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.source.size(int(self.rows[i]))
+
+
+def subset(source: Source, rows: np.ndarray) -> Source:
+    """The images `rows` (int [M], 0..N-1) of `source`, with its classes: image i of the result is image `rows[i]`."""
+    rows = np.asarray(rows, dtype=np.int64)
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(source)):
+        raise IndexError(f"rows from {rows.min()} to {rows.max()} of a source of {len(source)} images")
+    fingerprint = hashlib.blake2b(source.fingerprint.encode() + rows.tobytes(), digest_size=16).hexdigest()
+    return Subset(source, rows, source.where, source.labels[rows], source.classes, fingerprint)
+
+
+def find(root: Path, max_pixels: int = MAX_PIXELS) -> Found:
+    """Find the images at and below `root`: for training, for testing if there is a split, and what was passed over.
+
+    Skipped: hidden names, `__MACOSX`, run folders of sslpre, everything without an image's extension. Links are
+    followed; every directory is entered once, so loops end. With `train/` and `test|val|valid|validation/` at the top
+    level, only these two are read. The label of an image is the first folder on its way down (below the split folder);
+    fewer than two classes, or more than one per five images, count as none. Both sources number the classes of the
+    training source, and images of other classes have the label -1.
+
+    Raises SslpreError (exit 4): no such folder, not a folder, not readable, empty, or without images.
+    """
+    top = os.fsencode(root)
+    where = printable(top)
+    folders, has_files = _top_level(root, top, where)
+    splits = {name.lower(): name for name in reversed(folders)}
+    train = splits.get(b"train")
+    test = next((splits[name] for name in TEST_NAMES if name in splits), None)
+    skipped: Counter[str] = Counter()
+    seen = {_identity(os.stat(top))}
+    if train is None or (test is None and (len(folders) > 1 or has_files)):
+        index = _scan(top, seen, skipped)
+        _need_images(index, where, skipped)
+        return Found(_folder(top, where, index, max_pixels), None, dict(skipped), "")
+
+    # both are marked as entered beforehand: a link in train/ never leads into test/
+    sides = [name for name in (train, test) if name is not None]
+    seen.update(_identity(os.stat(top + b"/" + name)) for name in sides)
+    below = {name: (top + b"/" + name, f"{where.rstrip('/')}/{printable(name)}") for name in sides}
+    index = _scan(below[train][0], seen, skipped)
+    _need_images(index, below[train][1], skipped)
+    source = _folder(*below[train], index, max_pixels)
+    if test is None:
+        return Found(source, None, dict(skipped), "")
+    index = _scan(below[test][0], seen, skipped)
+    note = f"using {printable(train)}/ only; {printable(test)}/ is left for probe"
+    if not index.sizes:
+        return Found(source, None, dict(skipped), f"using {printable(train)}/ only; {printable(test)}/ holds no images")
+    return Found(source, _folder(*below[test], index, max_pixels, source), dict(skipped), note)
+
+
+def printable(name: bytes) -> str:
+    """A file name as one line of text: bytes that are not UTF-8 and control characters as backslash escapes."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _top_level(root: Path, top: bytes, where: str) -> tuple[list[bytes], bool]:
+    """Sorted names of the visible folders in `top`, and whether it holds visible files."""
+    try:
+        if not stat.S_ISDIR(os.stat(top).st_mode):
+            raise SslpreError(f"`{where}` is a file, not a folder", "name the folder that holds the images", 4)
+        folders, files = [], 0
+        with os.scandir(top) as entries:
+            for entry in entries:
+                if not _hidden(entry.name):
+                    folders += [entry.name] if entry.is_dir() else []
+                    files += not entry.is_dir()
+    except FileNotFoundError as error:
+        raise SslpreError(f"there is no folder `{where}`", _nearest(root), 4) from error
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise SslpreError(
+            f"cannot read the folder `{where}`: {reason}", "check the path and its permissions", 4
+        ) from error
+    return sorted(folders), files > 0
+
+
+def _nearest(root: Path) -> str:
+    parent = root.parent
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, names, n=1)
+    if near:
+        return f"did you mean `{printable(os.fsencode(parent / near[0]))}`?"
+    return f"the path is taken from `{printable(os.fsencode(Path.cwd()))}`"
+
+
+class _Index(NamedTuple):
+    names: bytearray
+    ends: array[int]
+    sizes: array[int]
+
+
+def _scan(root: bytes, seen: set[tuple[int, int]], skipped: Counter[str]) -> _Index:
+    """Walk `root` depth first, in the byte order of whole relative names, so that nothing needs sorting at the end."""
+    index = _Index(bytearray(), array("q", [0]), array("q"))
+    stack: list[Iterator[_Entry]] = [iter(_list(root, b"", skipped))]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+        elif entry.folder is None:
+            index.names.extend(entry.name)
+            index.ends.append(len(index.names))
+            index.sizes.append(entry.size)
+        elif entry.folder not in seen:
+            seen.add(entry.folder)
+            stack.append(iter(_list(root, entry.name + b"/", skipped)))
+    return index
+
+
+class _Entry(NamedTuple):
+    order: bytes  # a folder sorts as `name/`: then siblings in order give whole paths in order
+    name: bytes
+    size: int
+    folder: tuple[int, int] | None  # (device, inode) of a folder, None for a file
+
+
+def _list(root: bytes, prefix: bytes, skipped: Counter[str]) -> list[_Entry]:
+    """Images and folders in one folder, sorted; everything else is counted."""
+    try:
+        with os.scandir(root + b"/" + prefix) as scan:
+            entries = list(scan)
+    except OSError:
+        skipped[UNREADABLE] += 1  # counted, and printed by the caller: a disk's lost+found must not end a run
+        return []
+    inside = {entry.name for entry in entries}
+    if prefix and b"recipe.toml" in inside and inside & {b"checkpoints", b"metrics.jsonl"}:
+        skipped[RUN] += 1
+        return []
+    found = []
+    for entry in entries:
+        name = entry.name
+        if _hidden(name):
+            skipped[HIDDEN] += 1
+            continue
+        try:
+            info = entry.stat()
+        except OSError:
+            skipped[BROKEN] += 1  # a link to nothing or to itself, or a file deleted since the folder was listed
+            continue
+        extension = os.path.splitext(name)[1].lower()
+        if stat.S_ISDIR(info.st_mode):
+            # not the entry's own stat on Windows, where it holds no inode
+            key = _identity(info if info.st_ino else os.stat(root + b"/" + prefix + name))
+            found.append(_Entry(name + b"/", prefix + name, 0, key))
+        elif not stat.S_ISREG(info.st_mode):
+            skipped[SPECIAL] += 1  # opening a pipe would wait for ever
+        elif extension in EXTENSIONS:
+            found.append(_Entry(name, prefix + name, info.st_size, None))
+        else:
+            skipped[printable(extension) or "no extension"] += 1
+    return sorted(found)
+
+
+def _hidden(name: bytes) -> bool:
+    return name.startswith(b".") or name == b"__MACOSX"
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
+
+
+def _need_images(index: _Index, where: str, skipped: Counter[str]) -> None:
+    if index.sizes:
+        return
+    if not skipped:
+        raise SslpreError(f"the folder `{where}` is empty", READS, 4)
+    kinds = [f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: (-pair[1], pair[0]))]
+    if len(kinds) > 4:
+        kinds = [*kinds[:3], f"{sum(skipped.values()) - sum(count for _, count in skipped.most_common(3)):,} others"]
+    listed = ", ".join(kinds[:-1]) + (" and " if len(kinds) > 1 else "") + kinds[-1]
+    raise SslpreError(f"no images in `{where}`: found {listed}", READS, 4)
+
+
+def _folder(root: bytes, where: str, index: _Index, max_pixels: int, like: Folder | None = None) -> Folder:
+    """Pack an index; classes are numbered as in `like`, or by sorted name."""
+    names, ends, sizes = bytes(index.names), np.array(index.ends, np.int64), np.array(index.sizes, np.int64)
+    seen = {b"": -1}  # b"": directly in the root
+    firsts = (names[a:b].rpartition(b"/")[0].partition(b"/")[0] for a, b in pairwise(index.ends))
+    group = np.fromiter((seen.setdefault(first, len(seen) - 1) for first in firsts), np.int64, len(sizes))
+    classes = [printable(folder) for folder in sorted(seen) if folder]
+    if len(classes) < 2 or len(classes) > len(sizes) / 5:
+        classes = []
+    if like is not None:
+        classes = like.classes
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number.get(printable(folder), -1) for folder in seen], np.int64)[group + 1]
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (names, ends.astype("<i8").tobytes(), sizes.astype("<i8").tobytes()):
+        digest.update(part)
+    return Folder(root, where, names, ends, sizes, labels, classes, max_pixels, digest.hexdigest())

@@ -1,0 +1,77 @@
+"""Random numbers by counter: a number is a function of (seed, epoch, index, name, position) and of nothing else.
+
+There is no generator and so no state: the numbers of an image do not depend on which batch, worker or rank it is in,
+nor on what was drawn before, and a run that is resumed draws what it would have drawn.
+"""
+
+import hashlib
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014): the odd increment is
+# 2^64 / golden ratio, the finaliser's multipliers are Stafford's variant 13. As int64: torch has no shifts for uint64.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLY = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def uniform(seed: int, epoch: int, index: Tensor, name: str, *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1): float32 [B, *shape] on the device of `index`, bit-equal on CPU and CUDA.
+
+    Multiples of 2^-24. `index` is int64 [B], the position of each image in the data set; any integer will do. Of two
+    draws with one name and different shapes the shorter is the beginning of the longer, so two things that must be
+    independent need two names.
+    """
+    return _fraction(_hash(seed, epoch, index, name, shape))
+
+
+def normal(seed: int, epoch: int, index: Tensor, name: str, *shape: int) -> Tensor:
+    """Standard normal numbers, float32 [B, *shape] on the device of `index` (Box and Muller, 1958).
+
+    The uniform numbers behind them are equal on every device; logarithm and cosine are so to rounding only.
+    """
+    bits = _hash(seed, epoch, index, name, (*shape, 2))
+    # mps has no float64; elsewhere it keeps the rounding of the logarithm near 1 out of the tail
+    precision = torch.float32 if index.device.type == "mps" else torch.float64
+    first, second = _fraction(bits).to(precision).unbind(-1)
+    # first + 2^-25 lies in (0, 1), so that the logarithm is finite and the radius is never exactly 0
+    radius = (-2.0 * (first + 2.0**-25).log()).sqrt()
+    return (radius * (2.0 * math.pi * second).cos()).float()
+
+
+class Draw(Protocol):
+    """`uniform` with seed, epoch and index filled in (`functools.partial`)."""
+
+    def __call__(self, name: str, *shape: int) -> Tensor: ...
+
+
+def chosen(numbers: Tensor, probability: float) -> Tensor:
+    """Which rows happen, each with `probability`: int64, from uniform `numbers` [B] on the CPU."""
+    return (numbers < probability).nonzero().squeeze(1)
+
+
+def _hash(seed: int, epoch: int, index: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    """64 random bits each, int64 [B, *shape]: a SplitMix64 stream per image, begun at a hash of all else."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
+    stream = _mix(index.long() * _STEP + int.from_bytes(digest, "little", signed=True))
+    position = torch.arange(1, math.prod(shape) + 1, device=index.device)
+    return _mix(stream.unsqueeze(-1) + position * _STEP).reshape(*index.shape, *shape)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a permutation of 64-bit integers. Products wrap around in int64 as they do in uint64."""
+    bits = (bits ^ _shift(bits, 30)) * _MULTIPLY[0]
+    bits = (bits ^ _shift(bits, 27)) * _MULTIPLY[1]
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: Tensor, by: int) -> Tensor:
+    """Logical shift right: `>>` on int64 copies the sign into the top bits, which the mask takes out again."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _fraction(bits: Tensor) -> Tensor:
+    # 24 bits are what float32 holds exactly: with more, rounding would give 1.0 now and then
+    return _shift(bits, 40).float() * 2.0**-24

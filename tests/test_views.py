@@ -1,0 +1,258 @@
+"""Views as a whole: a function of (seed, epoch, index, view) alone, finite, in range; the centre; kornia entries."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from torch import Tensor
+
+from sslpre.errors import SslpreError
+from sslpre.recipe import View
+from sslpre.views import crop
+from sslpre.views.build import Views, _in_one_copy, centre
+from sslpre.views.draw import chosen, uniform
+
+STRENGTH = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+SIMCLR: dict[str, Any] = {"jitter": 0.8, **STRENGTH, "gray": 0.2, "blur": 0.5, "copies": 2}
+SOLARIZE = {"name": "RandomSolarize", "p": 0.5, "thresholds": [0.4, 0.6]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def decibels(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape and ours.isfinite().all()
+    return -10 * math.log10(float((ours.double() - theirs.double()).square().mean()) + 1e-20)
+
+
+def photos(count: int, side: int, seed: int = 0) -> Tensor:
+    """Smooth scenes with some noise, black and white in them: uint8 [count, 3, side, side], channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator) * 1.6 - 0.3
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
+    noisy = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+    return (noisy.clamp(0, 1) * 255).round().byte().contiguous(memory_format=torch.channels_last)
+
+
+def sizes(count: int, height: int, width: int) -> Tensor:
+    return torch.tensor([[height, width]]).expand(count, 2)
+
+
+def run(views: Views, rows: Tensor, pixels: Tensor, size: Tensor, epoch: int = 0) -> list[Tensor]:
+    return views(pixels[rows], size[rows], rows, epoch)
+
+
+@pytest.mark.parametrize(("canvas", "side"), [(32, 32), (64, 48), (110, 96)])
+def test_views_do_not_depend_on_the_batch(canvas: int, side: int) -> None:
+    views = Views([View(**SIMCLR, kornia=(SOLARIZE, {"name": "RandomGaussianNoise", "std": 0.1}))], side, seed=3)
+    pixels, size = photos(8, canvas), torch.randint(20, 300, (8, 2), generator=torch.Generator().manual_seed(0))
+    whole = run(views, torch.arange(8), pixels, size)
+    assert not torch.equal(*whole)
+    for split in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)], [[7, 0, 3], [5, 6, 2, 1, 4]]):
+        for rows in map(torch.tensor, split):
+            for view, part in zip(whole, run(views, rows, pixels, size), strict=True):
+                assert torch.equal(view[rows], part)
+
+
+def test_views_do_not_depend_on_the_batch_on_two_threads() -> None:
+    torch.set_num_threads(2)
+    views = Views([View(**SIMCLR | {"copies": 1, "jitter": 1.0, "blur": 1.0})], 184, seed=3)
+    pixels, size = photos(2, 184), sizes(2, 184, 184)
+    whole = run(views, torch.arange(2), pixels, size)[0]
+    for row in range(2):
+        assert torch.equal(run(views, torch.tensor([row]), pixels, size)[0][0], whole[row])
+
+
+def test_views_differ_by_copy_table_epoch_and_seed() -> None:
+    table = View(**SIMCLR)
+    pixels, size, rows = photos(6, 48), sizes(6, 48, 48), torch.arange(6)
+    made = run(Views([table, table], 32, 0), rows, pixels, size)
+    made += run(Views([table], 32, 1), rows, pixels, size) + run(Views([table], 32, 0), rows, pixels, size, epoch=1)
+    assert len(made) == 8
+    for one, two in itertools.combinations(made, 2):
+        assert ((one - two).abs().amax((1, 2, 3)) > 0.01).all()
+    again = run(Views([table, table], 32, 0), rows, pixels, size)
+    assert all(torch.equal(one, two) for one, two in zip(made, again, strict=False))
+
+
+def test_sides_order_and_range() -> None:
+    tables = [View(copies=2, crop_scale=(0.3, 1)), View(copies=3, size=24, crop_scale=(0.05, 0.3)), View(**SIMCLR)]
+    views = Views(tables, 40, seed=0)
+    assert views.sides == (40, 40, 24, 24, 24, 40, 40)
+    made = run(views, torch.arange(5), photos(5, 64), sizes(5, 50, 90))
+    for side, view in zip(views.sides, made, strict=True):
+        assert view.shape == (5, 3, side, side) and view.dtype == torch.float32 and not view.requires_grad
+        assert view.isfinite().all() and view.min() >= 0 and view.max() <= 1
+
+
+def test_callers_autocast_does_not_reach_the_views() -> None:
+    views, rows = Views([View(**SIMCLR)], 32, 0), torch.arange(4)
+    pixels, size = photos(4, 32), sizes(4, 32, 32)
+    plain = run(views, rows, pixels, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(views, rows, pixels, size)
+    assert all(torch.equal(one, two) for one, two in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 300), (300, 200), (120, 500), (37, 100), (1, 700)])
+def test_squashed_images_get_the_right_box(height: int, width: int) -> None:
+    """A picture whose pixels are their own coordinates: each view must show the box that was drawn."""
+    canvas, count, side = 256, 40, 16
+    ramp = torch.linspace(0.5 / canvas, 1 - 0.5 / canvas, canvas)
+    image = torch.stack(
+        [ramp[:, None].expand(canvas, canvas), ramp[None].expand(canvas, canvas), torch.zeros(canvas, canvas)]
+    )
+    pixels = (image * 255).round().byte().expand(count, -1, -1, -1)
+    view = Views([View(flip=0.0)], side, seed=0)(pixels, sizes(count, height, width), torch.arange(count), 0)[0]
+    numbers = uniform(0, 0, torch.arange(count), "view0.box", crop.NUMBERS)
+    drawn = crop.draw_boxes(numbers, sizes(count, height, width), (0.08, 1.0), (3 / 4, 4 / 3)).double()
+    middle = view.mean((2, 3)).double()[:, :2] * torch.tensor([height, width])
+    expected = drawn[:, :2] + drawn[:, 2:] / 2
+    slack = torch.tensor([height, width]) * 1.5 / canvas
+    assert ((middle - expected).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("side", [32, 48, 128])
+def test_centre_is_torchvisions(side: int) -> None:
+    """Of an image that has the canvas' own size; and that of a squashed one is its middle, whole height."""
+    pixels = photos(3, 96)
+    for ours, image in zip(centre(pixels, sizes(3, 96, 96), side), pixels, strict=True):
+        theirs = tv.resize(tv.center_crop(image.float() / 255, [96, 96]), [side, side], antialias=True)
+        assert decibels(ours, theirs) >= 50
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BILINEAR)
+        assert decibels(ours, tv.to_dtype(tv.pil_to_tensor(picture), torch.float32, scale=True)) >= 50
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 192), (192, 96), (97, 144), (96, 97)])
+def test_centre_of_an_oblong_image(height: int, width: int) -> None:
+    boxes_ = crop.centre_boxes(sizes(1, height, width))[0].tolist()
+    short = min(height, width)
+    marked = torch.zeros(1, height, width)
+    marked[:, boxes_[0] : boxes_[0] + boxes_[2], boxes_[1] : boxes_[1] + boxes_[3]] = 1
+    assert tv.center_crop(marked, [short, short]).min() == 1 and marked.sum() == short**2
+    # the smooth original, cropped by torchvision, against the squashed canvas, cropped by us
+    coarse = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    original = tv.resize(coarse, [height, width])
+    canvas = (tv.resize(original, [96, 96], antialias=True) * 255).round().byte()[None]
+    theirs = tv.resize(tv.center_crop(original, [short, short]), [32, 32], antialias=True)
+    assert decibels(centre(canvas, sizes(1, height, width), 32)[0], theirs) >= 40
+
+
+# --- kornia entries ---------------------------------------------------------------------------------------------------
+
+
+def extra(**entry: Any) -> View:
+    return View(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0.0, kornia=(entry,))
+
+
+def test_kornia_entry_does_its_work_on_the_drawn_images() -> None:
+    pixels, size, rows = photos(64, 24), sizes(64, 24, 24), torch.arange(64)
+    plain = run(Views([extra(name="RandomInvert", p=0)], 24, 0), rows, pixels, size)[0]
+    torch.testing.assert_close(plain, pixels.float() / 255, atol=1e-6, rtol=0)
+    turned = run(Views([extra(name="RandomInvert", p=0.3)], 24, 0), rows, pixels, size)[0]
+    drawn = chosen(uniform(0, 0, rows, "view0.kornia0"), 0.3)
+    expected = plain.clone()
+    expected[drawn] = 1 - plain[drawn]
+    assert 5 < len(drawn) < 35
+    torch.testing.assert_close(turned, expected, atol=1e-6, rtol=0)
+
+
+def test_kornia_leaves_the_global_generators_alone() -> None:
+    pixels, size, rows = photos(4, 24), sizes(4, 24, 24), torch.arange(4)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    views = Views([extra(name="RandomGaussianNoise", p=1.0, std=0.2)], 24, 0)
+    first = run(views, rows, pixels, size)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(run(views, rows, pixels, size)[0], first)
+    assert not torch.equal(run(views, rows, pixels, size, epoch=1)[0], first)
+    noise = first - pixels.float() / 255
+    assert float(torch.corrcoef(noise[:2].reshape(2, -1))[0, 1]) < 0.15  # each image its own
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "RandomSolarize", "thresholds": 0.1, "additions": [0, 0.1]},
+        {"name": "RandomGaussianNoise", "std": 3.0},
+        {"name": "RandomAutoContrast"},
+        {"name": "RandomEqualize"},
+        {"name": "RandomPosterize", "bits": 3},
+        {"name": "RandomSharpness"},
+        {"name": "RandomErasing"},
+        {"name": "RandomRotation", "degrees": 30.0},
+        {"name": "RandomAffine", "degrees": 10, "translate": [0.1, 0.1]},
+        {"name": "RandomPlasmaContrast"},
+        {"name": "RandomChannelShuffle"},
+        {"name": "RandomCrop", "size": [24, 24], "padding": 4},
+    ],
+    ids=lambda entry: entry["name"],
+)
+def test_kornia_entries_stay_in_range(entry: dict[str, Any]) -> None:
+    pixels = torch.cat([photos(2, 24), torch.zeros(1, 3, 24, 24).byte(), torch.full((1, 3, 24, 24), 255).byte()])
+    views = Views([extra(**entry | {"p": 1.0})], 24, 0)
+    view = run(views, torch.arange(4), pixels, sizes(4, 24, 24))[0]
+    assert view.isfinite().all() and view.min() >= 0 and view.max() <= 1
+    assert not torch.equal(view, pixels.float() / 255)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message", "hint"),
+    [
+        ({"name": "RandomSolarise"}, "kornia has no augmentation `RandomSolarise`", "did you mean `RandomSolarize`?"),
+        ({"p": 0.5}, "a `kornia` entry of `[[views]]` names no class", "RandomSolarize"),
+        ({"name": "RandomSolarize", "treshold": 1}, "`RandomSolarize` has no argument `treshold`", "`thresholds`?"),
+        ({"name": "RandomSolarize", "p": 2}, "`RandomSolarize` cannot have p = `2`", "0 to 1"),
+        ({"name": "RandomSolarize", "p": "often"}, "`RandomSolarize` cannot have p = `often`", "0 to 1"),
+        ({"name": "RandomSolarize", "thresholds": "low"}, "kornia's `RandomSolarize` refuses its arguments", "manual"),
+        ({"name": "RandomGaussianBlur"}, "kornia's `RandomGaussianBlur` refuses its arguments", "manual"),
+        ({"name": "RandomMixUpV2"}, "kornia's `RandomMixUpV2` cannot make a view", "one image"),
+        ({"name": "RandomAffine3D"}, "kornia's `RandomAffine3D` cannot make a view", "2-D"),
+        ({"name": "Normalize", "mean": 0.5, "std": 0.5}, "kornia's `Normalize` cannot make a view", "[0, 1]"),
+        ({"name": "AugmentationBase2D"}, "kornia's `AugmentationBase2D` cannot make a view", "image"),
+        ({"name": "CenterCrop", "size": [16, 20]}, "`CenterCrop` makes 16×20 of a 24×24 view", "`size` of the table"),
+        ({"name": "Resize", "size": 12}, "`Resize` makes 12×12 of a 24×24 view", "`size` of the table"),
+    ],
+)
+def test_unusable_kornia_entries(entry: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(SslpreError) as caught:
+        Views([extra(**entry)], 24, 0)
+    assert caught.value.code == 2
+    assert message in caught.value.message and "\n" not in caught.value.message
+    assert hint in caught.value.hint
+
+
+# --- the way to the device -------------------------------------------------------------------------------------------
+
+
+def test_one_copy_carries_everything() -> None:
+    rows = [torch.tensor([5, -1, 2**40]), torch.tensor([], dtype=torch.int64), torch.tensor([7])]
+    numbers = [torch.rand(3), torch.rand(0), torch.rand(4, 5)]
+    for there, here in zip(_in_one_copy(rows + numbers, torch.device("cpu")), rows + numbers, strict=True):
+        assert there.dtype == here.dtype and torch.equal(there, here)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_makes_the_same_views_and_never_waits() -> None:
+    views, rows = Views([View(**SIMCLR)], 96, 0), torch.arange(16)
+    pixels, size = photos(16, 128), sizes(16, 200, 100)
+    on_gpu = pixels.cuda()
+    views(on_gpu, size, rows, 0)  # first calls allocate and load kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = views(on_gpu, size, rows, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, cpu in zip(made, views(pixels, size, rows, 0), strict=True):
+        assert decibels(ours.cpu(), cpu) >= 45

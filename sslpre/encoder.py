@@ -1,0 +1,160 @@
+"""A timm backbone as sslpre sees it: RGB in [0, 1] in, pooled features or stage maps out, standardised inside."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import kornia
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sslpre.errors import SslpreError
+from sslpre.timm import small_stems
+
+Colour = Literal["rgb", "luma", "chroma"]
+CHANNELS: dict[str, int] = {"rgb": 3, "luma": 1, "chroma": 2}
+
+
+class Encoder(nn.Module):
+    """`encoder(x)`: [B, 3, H, W] in [0, 1] → [B, dim]. What is probed and exported.
+
+    `architecture` and `model_args` are what `timm.create_model` needs to build the same network.
+    With `chunk` set, inputs larger than it are run in parts that are recomputed in the backward pass: memory is that of
+    one part, the result that of the whole; batch normalisation then sees one part at a time.
+    """
+
+    model: Any  # a timm network; what timm adds to a module is in no type
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: str,
+        model_args: dict[str, Any],
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        colour: Colour = "rgb",
+    ):
+        super().__init__()
+        self.model, self.architecture, self.model_args = model, architecture, model_args
+        self.image_size, self.colour = image_size, colour
+        # head_hidden_size: networks that widen their features once more before the classifier
+        self.dim = int(getattr(model, "head_hidden_size", None) or self.model.num_features)
+        self.chunk = 0
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """[0, 1] RGB → what the network's first layer takes: the channels asked for, standardised."""
+        if self.colour == "luma":
+            x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            return (x - self.mean.mean()) / self.std.mean()
+        if self.colour == "chroma":
+            return kornia.color.rgb_to_lab(x)[:, 1:] / 110.0  # ab lies in about ±110
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.chunk or len(x) <= self.chunk:
+            return self.model(self.prepare(x))
+        if not (self.training and torch.is_grad_enabled()):
+            return torch.cat([self.model(self.prepare(part)) for part in x.split(self.chunk)])
+        return torch.cat([self.recomputed(part) for part in x.split(self.chunk)])
+
+    def recomputed(self, part: Tensor) -> Tensor:
+        def run(part: Tensor) -> Tensor:
+            return self.model(self.prepare(part))
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), frozen_statistics(self.model)
+
+        return checkpoint(run, part, use_reentrant=False, context_fn=contexts)
+
+    def stages(self, x: Tensor) -> list[tuple[str, Tensor]]:
+        """Named feature maps [B, C, h, w], shallow to deep; only the last one where the model cannot tell more."""
+        names = [info["module"] for info in getattr(self.model, "feature_info", [])]
+        if hasattr(self.model, "forward_intermediates"):
+            maps = self.model.forward_intermediates(self.prepare(x), intermediates_only=True)
+            return list(
+                zip(names if len(names) == len(maps) else [f"stage{i}" for i in range(len(maps))], maps, strict=True)
+            )
+        return [("last", self.model.forward_features(self.prepare(x)))]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation normalises with the batch as in training but leaves its running statistics alone."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [
+        (norm.momentum, norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None)
+        for norm in norms
+    ]
+    for norm in norms:
+        norm.momentum = 0.0  # the running statistics move by nothing, and autograd saves the same tensors as before
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
+
+
+def build(
+    backbone: str,
+    *,
+    stem: str = "auto",
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    colour: Colour = "rgb",
+) -> Encoder:
+    """An encoder with fresh weights from torch's global generator.
+
+    stem: "small" swaps a ResNet's 7×7 stride-2 convolution and max-pool for a 3×3 stride-1 convolution; "auto" does
+    so up to 64 px; "timm" never. Raises SslpreError (exit 2) for an unknown backbone, a stem it cannot have, and a size
+    that the patch does not divide.
+    """
+    architecture = backbone
+    if stem == "small" or (stem == "auto" and image_size <= 64):
+        if backbone in small_stems:
+            architecture = f"{backbone}_small"
+        elif stem == "small" and not backbone.endswith("_small"):
+            raise SslpreError(
+                f"`{backbone}` cannot have a small stem",
+                "use --set encoder.stem=timm; small stems fit " + ", ".join(sorted(small_stems)[:4]),
+            )
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.3)
+        raise SslpreError(
+            f"no timm backbone `{backbone}`",
+            "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18",
+        )
+    arguments = size_arguments(architecture, image_size)
+    channels: dict[str, Any] = {} if colour == "rgb" else {"in_chans": CHANNELS[colour]}
+    model = timm.create_model(architecture, num_classes=0, **arguments, **channels)
+    return Encoder(model, architecture, arguments, image_size, mean, std, colour)
+
+
+def size_arguments(architecture: str, image_size: int) -> dict[str, Any]:
+    """What `create_model` must be told about the image size: nothing for convolutions, the size for ViTs."""
+    with torch.device("meta"):  # a look at the structure, no memory and no random numbers
+        model = timm.create_model(architecture, num_classes=0)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        side = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
+        if image_size % side:
+            down, up = image_size // side * side, (image_size // side + 1) * side
+            nearest = " or ".join(f"--image-size {s}" for s in (down, up) if s)
+            raise SslpreError(f"`{architecture}` needs sizes divisible by {side}, `{image_size}` is not", nearest)
+    if hasattr(model, "dynamic_img_size"):
+        return {"img_size": image_size, "dynamic_img_size": True}
+    if patch is not None:  # windowed transformers lay out their windows for one size
+        return {"img_size": image_size}
+    return {}

@@ -1,0 +1,153 @@
+"""Backbones: stems, sizes, standardisation, stages, and running in chunks."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from sslpre import encoder
+from sslpre.errors import SslpreError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build(backbone="test_resnet", **kwargs):
+    return encoder.build(backbone, **({"image_size": 32, "mean": MEAN, "std": STD} | kwargs))
+
+
+def test_it_standardises_and_pools():
+    torch.manual_seed(0)
+    network = build("test_convnext", image_size=64).eval()
+    x = torch.rand(2, 3, 64, 64)
+    z = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    assert torch.allclose(network(x), network.model(z), atol=1e-5)
+    assert network(x).shape == (2, network.dim)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "resnet18", "mobilenetv3_small_050", "lcnet_050"],
+)
+def test_dim_is_the_width_of_the_features(backbone):
+    network = build(backbone, image_size=64).eval()
+    assert network(torch.rand(1, 3, 64, 64)).shape == (1, network.dim)
+    assert network.model.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    "backbone, stem, image_size, architecture",
+    [
+        ("resnet18", "auto", 32, "resnet18_small"),
+        ("resnet18", "auto", 64, "resnet18_small"),
+        ("resnet18", "auto", 65, "resnet18"),
+        ("resnet18", "timm", 32, "resnet18"),
+        ("resnet50", "small", 96, "resnet50_small"),
+        ("resnet18d", "auto", 32, "resnet18d"),  # a deep stem: three convolutions, never swapped
+        ("test_resnet", "auto", 32, "test_resnet"),
+    ],
+)
+def test_stem(backbone, stem, image_size, architecture):
+    network = build(backbone, stem=stem, image_size=image_size)
+    assert network.architecture == architecture
+    if architecture.endswith("_small"):
+        conv = network.model.conv1
+        assert (
+            conv.kernel_size == (3, 3)
+            and conv.stride == (1, 1)
+            and isinstance(network.model.maxpool, torch.nn.Identity)
+        )
+        sides = [stage.shape[-1] for _, stage in network.stages(torch.rand(1, 3, 32, 32))]
+        assert sides == [32, 32, 16, 8, 4]
+        assert [info["reduction"] for info in network.model.feature_info] == [1, 1, 2, 4, 8]
+
+
+def test_the_small_names_are_the_backbones_with_one_7x7_convolution():
+    for name in encoder.small_stems:
+        with torch.device("meta"):
+            usual, small = timm.create_model(name, num_classes=0), timm.create_model(f"{name}_small", num_classes=0)
+        assert usual.conv1.kernel_size == (7, 7)
+        other = {k: v.shape for k, v in usual.state_dict().items()}
+        assert [k for k, v in small.state_dict().items() if other.pop(k) != v.shape] == ["conv1.weight"] and not other
+
+
+def test_plain_timm_does_not_know_the_small_names():
+    code = (
+        "import timm\ntry: timm.create_model('resnet18_small')\nexcept RuntimeError as e: print(e)\n"
+        "import sslpre.timm\ntimm.create_model('resnet18_small')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Unknown model (resnet18_small)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "kwargs, message, hint",
+    [
+        ({"backbone": "resnet81"}, "no timm backbone `resnet81`", "--backbone resnet"),
+        ({"backbone": "resnet18d", "stem": "small"}, "`resnet18d` cannot have a small stem", "encoder.stem=timm"),
+        (
+            {"backbone": "vit_tiny_patch16_224", "image_size": 200},
+            "sizes divisible by 16, `200` is not",
+            "--image-size 192 or --image-size 208",
+        ),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 8}, "sizes divisible by 16, `8` is not", "--image-size 16"),
+    ],
+)
+def test_refusals(kwargs, message, hint):
+    with pytest.raises(SslpreError) as caught:
+        build(**kwargs)
+    assert message in caught.value.message and hint in caught.value.hint and caught.value.code == 2
+
+
+def test_vits_take_other_sizes_too():
+    network = build("test_vit", image_size=32)
+    assert network.model_args == {"img_size": 32, "dynamic_img_size": True}
+    assert network(torch.rand(1, 3, 64, 64)).shape == (1, network.dim)
+
+
+def test_colours():
+    torch.manual_seed(0)
+    luma = build(colour="luma").eval()
+    x = torch.rand(2, 3, 32, 32)
+    grey = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert luma.prepare(x).shape == (2, 1, 32, 32)
+    assert torch.allclose(luma(x), luma(grey), atol=1e-5)  # colour cannot be seen
+    assert build(colour="chroma").prepare(grey).abs().max() < 1e-3  # and grey has no chroma
+
+
+def gradients(network, x):
+    network.zero_grad()
+    (network(x) * torch.arange(network.dim)).square().mean().backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_chunks_give_the_same_gradients_and_see_the_batch_once(backbone):
+    torch.manual_seed(0)
+    whole = build(backbone).double()
+    if backbone == "test_resnet":  # compare like with like: batch statistics are the chunk's
+        for module in whole.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    chunked = copy.deepcopy(whole)
+    chunked.chunk = 3
+    x = torch.rand(8, 3, 32, 32, dtype=torch.float64)
+    expected, got = gradients(whole, x), gradients(chunked, x)
+    for name in expected:
+        assert torch.allclose(expected[name], got[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_recomputing_leaves_running_statistics_alone():
+    torch.manual_seed(0)
+    network = build("test_resnet").train()
+    twin = copy.deepcopy(network)
+    network.chunk = 4
+    x = torch.rand(8, 3, 32, 32)
+    network(x).sum().backward()
+    with torch.no_grad():
+        for part in x.split(4):
+            twin(part)
+    for (name, a), b in zip(network.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name

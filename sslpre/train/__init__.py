@@ -1,0 +1,1 @@
+"""From a recipe and a folder of images to a trained encoder in a run directory."""

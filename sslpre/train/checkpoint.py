@@ -1,0 +1,200 @@
+"""Checkpoints: safetensors and JSON, complete or absent, never pickle.
+
+A checkpoint is a folder `step-<n>` of `model.safetensors`, `optim.safetensors`, `state.json` and, written last,
+`MANIFEST.json` with each file's size and sha256. It is written under another name beside its place, synced and renamed,
+so that a kill at any moment leaves either the whole of it or nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sslpre.errors import SslpreError
+
+FORMAT = 1
+KEPT = 2
+FILES = ("model.safetensors", "optim.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write `folder/step-<state["step"]>` and drop all but the newest complete ones.
+
+    Raises SslpreError (exit 10) if a tensor is not finite: nothing non-finite is ever written.
+    """
+    refuse_nonfinite(model, "weights", state["step"])
+    refuse_nonfinite(optim, "optimiser state", state["step"])
+    folder.mkdir(exist_ok=True)
+    final = folder / f"step-{state['step']:08d}"
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        contents = {
+            "model.safetensors": pack(model),
+            "optim.safetensors": pack(optim),
+            "state.json": json.dumps({"format": FORMAT, **state}, indent=1).encode(),
+        }
+        manifest = {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
+        }
+        for name, data in contents.items():
+            write_synced(temporary / name, data)
+        write_synced(temporary / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
+        sync_folder(temporary)
+        if final.exists():  # an incomplete or older one of the same step: a complete one is never written twice
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    prune(folder)
+    return final
+
+
+def pack(tensors: dict[str, Tensor]) -> bytes:
+    """safetensors bytes; tensors are made contiguous (channels_last is not stored), each shared tensor once."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def refuse_nonfinite(tensors: dict[str, Tensor], what: str, step: int) -> None:
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
+        return
+    finite = torch.stack([t.isfinite().all().cpu() for t in floats.values()])
+    if not bool(finite.all()):
+        name = next(name for name, good in zip(floats, finite.tolist(), strict=True) if not good)
+        raise SslpreError(f"{what} `{name}` not finite at step {step}", "lower --lr, or use --precision fp32", 10)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # a directory cannot be opened there, and renames are already journalled
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints whose manifest names every file at its size, newest first. Contents are checked on loading."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.glob("step-*"):
+        try:
+            manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+            whole = all((path / name).stat().st_size == manifest[name]["bytes"] for name in FILES)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not complete: the next older one is
+        if whole:
+            found.append(path)
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def prune(folder: Path) -> None:
+    for path in complete(folder)[KEPT:]:
+        shutil.rmtree(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path)
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole and unchanged, or None where none was ever completed.
+
+    A damaged one is named on stderr and passed over; where only damaged ones are left: SslpreError (exit 5).
+    """
+    folder = run / "checkpoints"
+    found = sorted(folder.glob("step-*"), key=lambda path: path.name, reverse=True) if folder.is_dir() else []
+    for path in found:
+        try:
+            return load(path)
+        except SslpreError as error:
+            print(f"warning: {error.message}; trying the one before it", file=sys.stderr)
+    if found:
+        raise SslpreError(
+            f"no checkpoint of `{run}` can be read", "start again: sslpre pretrain RECIPE IMAGES --out ANOTHER", 5
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint, checking every byte against its manifest. Raises SslpreError (exit 5)."""
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+        contents = {name: (path / name).read_bytes() for name in FILES}
+        for name, data in contents.items():
+            if hashlib.sha256(data).hexdigest() != manifest[name]["sha256"]:
+                raise SslpreError(
+                    f"checkpoint file `{path / name}` is damaged: its sha256 is not the manifest's", "", 5
+                )
+        state = json.loads(contents["state.json"])
+        if state["format"] > FORMAT:
+            raise SslpreError(
+                f"checkpoint `{path}` has format {state['format']}, this sslpre reads {FORMAT}",
+                "pip install -U sslpre",
+                5,
+            )
+        model, optim = (safetensors.torch.load(contents[name]) for name in FILES[:2])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SslpreError(f"checkpoint `{path}` cannot be read: {error}", "", 5) from error
+    return Checkpoint(path, model, optim, state)
+
+
+def model_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """`state_dict` with each shared tensor once, under its first name."""
+    seen: set[tuple[int, int]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = tensor
+    return kept
+
+
+def load_model(module: torch.nn.Module, stored: dict[str, Tensor]) -> None:
+    """Copy stored tensors into the module, keeping its memory format. A missing or unknown one: exit 5."""
+    own = model_state(module)
+    if own.keys() != stored.keys():
+        odd = sorted(own.keys() ^ stored.keys())[0]
+        raise SslpreError(
+            f"checkpoint and network differ: `{odd}` is only in one of them", "use the versions in environment.json", 5
+        )
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
+            raise SslpreError(
+                f"checkpoint tensor `{name}` has shape {tuple(stored[name].shape)}, not {tuple(tensor.shape)}", "", 5
+            )
+        tensor.copy_(stored[name])

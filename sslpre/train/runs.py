@@ -1,0 +1,80 @@
+"""Run directories: where they lie and what they are called. Imports nothing heavy."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from sslpre.errors import SslpreError
+
+ROOT = Path("runs")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.toml").is_file()
+
+
+def find_run(name: str | None) -> Path:
+    """The run called `name` (a path, or a name under `runs/`); None or "last" is the newest. None there: exit 2."""
+    if name is not None and name != "last":
+        for path in (Path(name), ROOT / name):
+            if is_run(path):
+                return path
+        raise SslpreError(f"no run `{name}`", known_runs())
+    runs = [path for path in ROOT.iterdir() if is_run(path)] if ROOT.is_dir() else []
+    if not runs:
+        raise SslpreError(f"no run in `{ROOT}/`", "sslpre pretrain simclr ./images")
+    return max(runs, key=lambda path: ((path / "recipe.toml").stat().st_mtime_ns, path.name))
+
+
+def known_runs() -> str:
+    runs = sorted(path.name for path in ROOT.iterdir() if is_run(path)) if ROOT.is_dir() else []
+    return "runs here: " + ", ".join(runs[-5:]) if runs else "sslpre pretrain simclr ./images"
+
+
+def new_run(recipe_name: str, out: Path | None) -> Path:
+    """Make the run's directory: `out`, or the next free `runs/<recipe>-<n>`. An `out` that holds anything: exit 2."""
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SslpreError(
+                f"`{out}` exists", f"name another --out, or go on with it: sslpre pretrain --resume {out}"
+            )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SslpreError(f"cannot make `{out}`: {error.strerror}", "name another --out", 3) from error
+        return out
+    try:
+        ROOT.mkdir(exist_ok=True)
+        number = 1 + max((numbered(path.name, recipe_name) for path in ROOT.iterdir()), default=0)
+        while True:
+            path = ROOT / f"{recipe_name}-{number}"
+            try:
+                path.mkdir()  # two runs started together get two numbers
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise SslpreError(f"cannot make a run in `{ROOT}/`: {error.strerror}", "name a writable --out", 3) from error
+
+
+def numbered(name: str, recipe_name: str) -> int:
+    stem, _, number = name.rpartition("-")
+    return int(number) if stem == recipe_name and number.isdecimal() else 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the whole new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(temporary, 0o666 & ~umask())
+    os.replace(temporary, path)
+
+
+def umask() -> int:
+    """The process's umask: it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

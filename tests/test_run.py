@@ -1,0 +1,276 @@
+"""A run as a user lives it: its directory, killing and resuming it, what it refuses. Real processes and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from sslpre import recipe as recipes
+from sslpre.errors import SslpreError
+from sslpre.train import checkpoint, loop
+from sslpre.train import run as runs
+from sslpre.train.runs import find_run
+
+SMALL = [
+    "--backbone",
+    "test_resnet",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """48 small JPEGs drawn by the sample set."""
+    from PIL import Image
+
+    from sslpre.data.sample import sample
+
+    folder = tmp_path_factory.mktemp("pictures")
+    train = sample().train
+    for i in range(48):
+        Image.fromarray(train.read(i)).save(folder / f"{i:02d}.jpg", quality=95)
+    return folder
+
+
+def options(pictures, **kwargs):
+    tables = {
+        "encoder": {"backbone": "test_resnet", "image_size": 32},
+        "train": {"batch_size": 8, "epochs": 2, "precision": "fp32"},
+    }
+    return runs.Options("simclr", pictures, (), tables, device="cpu", workers=1, **kwargs)
+
+
+def sslpre(*arguments, cwd, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sslpre", *map(str, arguments)],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def weights(run):
+    return safetensors.torch.load_file(run / "encoder" / "model.safetensors")
+
+
+def wait_for_step(run, step, child):
+    """Until a checkpoint past `step` is there."""
+    for _ in range(1200):
+        found = checkpoint.complete(run / "checkpoints")
+        if found and int(found[0].name.removeprefix("step-")) >= step:
+            return
+        if child.poll() is not None:
+            raise AssertionError(child.stderr.read())
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came")
+
+
+def test_what_a_run_leaves(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    done = runs.pretrain(options(pictures))
+    assert done.run.as_posix() == "runs/simclr-1"
+    names = sorted(path.name for path in done.run.iterdir())
+    assert names == ["checkpoints", "data.json", "encoder", "environment.json", "metrics.jsonl", "recipe.toml"]
+    text = (done.run / "recipe.toml").read_text()
+    assert '"auto"' not in text.replace('stem = "auto"', "")
+    lines = [json.loads(line) for line in (done.run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 12 and {"loss", "lr", "images_per_s", "waiting", "epoch"} <= lines[-1].keys()
+    assert json.loads((done.run / "data.json").read_text())["images"] == 48
+    assert [path.name for path in checkpoint.complete(done.run / "checkpoints")] == ["step-00000012", "step-00000006"]
+    told = capsys.readouterr().err
+    for words in ("48 images", "test_resnet", "12 steps", "runs/simclr-1", "about"):
+        assert words in told
+    assert len(told.splitlines()[0]) < 160
+    assert runs.pretrain(options(pictures)).run.as_posix() == "runs/simclr-2"
+    assert find_run(None).name == "simclr-2"
+
+
+def test_the_runs_recipe_gives_the_same_run_again(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = runs.pretrain(options(pictures)).run
+    again = runs.pretrain(runs.Options(str(first / "recipe.toml"), device="cpu", workers=2)).run
+    assert again.name == "simclr-2"
+    assert recipes.load(str(again / "recipe.toml")) == recipes.load(str(first / "recipe.toml"))
+    a, b = weights(first), weights(again)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = ["pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", folder / "run"]
+    child = sslpre(*command, cwd=folder)
+    _, told = child.communicate(timeout=300)
+    assert child.returncode == 0, told
+    return folder / "run"
+
+
+def test_kill_9_and_resume_ends_in_the_same_weights(pictures, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    child = sslpre("pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", run, cwd=tmp_path)
+    wait_for_step(run, 12, child)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    resumed = sslpre("pretrain", "--resume", run, "--device", "cpu", cwd=tmp_path)
+    _, told = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, told
+    assert "at step" in told and not list((run / "checkpoints").glob(".tmp-*"))
+    a, b = weights(undisturbed), weights(run)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 72
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(pictures, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    child = sslpre("pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", run, cwd=tmp_path)
+    wait_for_step(run, 6, child)
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert (
+        "error: interrupted: " in told and f"hint: sslpre pretrain --resume {run}" in told and "Traceback" not in told
+    )
+    assert not (run / "encoder").exists()
+    runs.pretrain(runs.Options(resume=str(run), device="cpu", workers=1))
+    a, b = weights(undisturbed), weights(run)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_auto_starts_goes_on_and_is_done(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wanted = options(pictures, resume="auto", out=tmp_path / "x")
+    assert runs.pretrain(wanted).summary["step"] == 12
+    before = os.stat(tmp_path / "x" / "encoder" / "model.safetensors").st_mtime_ns
+    assert runs.pretrain(wanted).summary["step"] == 12
+    assert "finished already" in capsys.readouterr().err
+    assert os.stat(tmp_path / "x" / "encoder" / "model.safetensors").st_mtime_ns == before
+
+
+def test_resume_without_a_complete_checkpoint_starts_at_step_0(pictures, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    run = runs.pretrain(options(pictures)).run
+    expected = weights(run)
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "encoder")
+    (run / "checkpoints" / ".tmp-1").mkdir(parents=True)
+    runs.pretrain(runs.Options(resume="last", device="cpu", workers=1))
+    assert "starting at step 0" in capsys.readouterr().err
+    assert all(torch.equal(expected[k], v) for k, v in weights(run).items())
+
+
+def test_resume_on_changed_images_is_refused(pictures, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, tmp_path / "own")
+    run = runs.pretrain(options(tmp_path / "own")).run
+    shutil.rmtree(run / "encoder")
+    (tmp_path / "own" / "00.jpg").unlink()
+    with pytest.raises(SslpreError, match="have changed") as caught:
+        runs.pretrain(runs.Options(resume=str(run), device="cpu"))
+    assert caught.value.code == 6
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_is_not_taken_and_nothing_of_it_is_written(pictures, tmp_path, monkeypatch, where):
+    """NaN at step 8: exit 10, the weights on disk are those of the last checkpoint, all finite."""
+    from sslpre.methods.simclr import SimCLR
+    from sslpre.objective import Loss
+
+    monkeypatch.chdir(tmp_path)
+    take, good, seen = loop.take_step, SimCLR.loss, {}
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    def bad(self, batch):
+        value = good(self, batch).value
+        return Loss(value * float("nan") if where == "loss" else Poison.apply(value))
+
+    def step(run, pixels, epoch):
+        if run.step == 7:
+            monkeypatch.setattr(SimCLR, "loss", bad)
+            seen["before"] = [p.clone() for p in run.objective.parameters()]
+            seen["run"] = run
+        take(run, pixels, epoch)
+
+    monkeypatch.setattr(loop, "take_step", step)
+    with pytest.raises(SslpreError, match=f"{where} not finite at step 8") as caught:
+        runs.pretrain(options(pictures))
+    assert caught.value.code == 10
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["run"].objective.parameters(), strict=True))
+    kept = checkpoint.newest(tmp_path / "runs" / "simclr-1")
+    assert kept.state["step"] == 6 and all(t.isfinite().all() for t in kept.model.values())
+    assert not (tmp_path / "runs" / "simclr-1" / "encoder").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_directory(pictures, tmp_path, monkeypatch):
+    from sslpre.methods.simclr import SimCLR
+
+    monkeypatch.chdir(tmp_path)
+
+    def fail(self, batch):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(SimCLR, "loss", fail)
+    with pytest.raises(RuntimeError):
+        runs.pretrain(options(pictures))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_bad_image_is_listed_and_too_many_stop_the_run(pictures, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, tmp_path / "own")
+    for name in ("03.jpg", "17.jpg"):
+        (tmp_path / "own" / name).write_bytes(b"not a jpeg")
+    run = runs.pretrain(
+        runs.Options(
+            "simclr",
+            tmp_path / "own",
+            (),
+            options(pictures).overrides | {"data": {"max_bad": 0.05}},
+            device="cpu",
+            workers=2,
+        )
+    ).run
+    told = capsys.readouterr().err
+    assert told.count("03.jpg") == 1 and told.count("17.jpg") == 1
+    listed = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+    with pytest.raises(SslpreError) as caught:
+        runs.pretrain(options(tmp_path / "own"))
+    assert caught.value.code == 20
+
+
+def test_a_directory_that_holds_something_is_refused(pictures, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(SslpreError, match="mine` exists") as caught:
+        runs.pretrain(options(pictures, out=tmp_path / "mine"))
+    assert caught.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()

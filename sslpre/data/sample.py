@@ -252,11 +252,11 @@ def layout(u: Draw, kind: int) -> tuple[float, Polygon, list[Part]]:
 
     The box, its turn, shear and mirroring are drawn before anything that depends on the class.
     """
-    horizon = FINE * (0.45 + 0.25 * u())
+    horizon = FINE * (0.4 + 0.3 * u())
     height = FINE * (0.42 + 0.28 * u())
     width = height * (0.75 + 0.55 * u())
-    x = FINE * (0.36 + 0.28 * u())
-    foot = min(max(horizon + FINE * 0.06, height * 0.95) + FINE * 0.2 * u(), FINE * 0.97)
+    x = FINE * (0.28 + 0.44 * u())
+    foot = min(max(horizon + FINE * 0.06, height * 0.95) + FINE * 0.3 * u(), FINE * 0.97)
     turn, shear, mirror = 0.25 * (u() - 0.5), 0.3 * (u() - 0.5), 1 if u() < 0.5 else -1
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     place = rotation @ np.array([[mirror * width, shear * width], [0, -height]])

@@ -78,10 +78,9 @@ class BadList:
     def _too_many(self) -> SslpreError:
         share = self.count / max(self.total, 1)
         enough = min(1.0, math.ceil(share * 200) / 100)  # twice what was met so far, which may not be the last
-        listed = f"they are listed in `{self.path}`; " if self.path is not None else ""
         return SslpreError(
-            f"{self.count:,} of {self.total:,} images could not be read, more than `--max-bad {self.limit:g}` allows",
-            f"{listed}remove them, or allow more: `--max-bad {enough:g}`",
+            f"{self.count:,} of {self.total:,} images could not be read so far, above `--max-bad {self.limit:g}`",
+            f"remove those named above, or allow more: `--max-bad {enough:g}`",
             20,
         )
 

@@ -28,7 +28,7 @@ def announce(run: Run, wanted: Recipe, found: Found) -> None:
     weights = sum(p.numel() for p in network.parameters()) / 1e6
     left = len(found.train) - run.stream.steps_per_epoch * int(table.batch_size)
     say(f"images     {found.train.where}: {len(found.train):,} images" + (f" ({found.note})" if found.note else ""))
-    if found.train.classes:
+    if found.train.classes and recipe.data.images:
         say(f"           folder names are {'the labels' if run.objective.needs_labels else 'not used as labels'}")
     built = f" as {network.architecture}" if network.architecture != recipe.encoder.backbone else ""
     say(

@@ -1,0 +1,313 @@
+"""An encoder as files that timm opens: one `.safetensors` file, or a folder for `timm.create_model("local-dir:…")`.
+
+An export proves itself: the lines that it prints are run in a fresh process, and the features they give must be those
+of the encoder that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+
+import sslpre
+from sslpre.encoder import Encoder
+from sslpre.errors import SslpreError
+from sslpre.timm import small_stems
+
+TOLERANCE = 1e-4  # of the largest feature
+PATIENCE = 600  # seconds for the fresh process
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".tar")
+FOREIGN = (*PICKLES, ".onnx", ".npz", ".safetensors")  # `encoder.pth` asks for a file of that kind, not for a folder
+FACTS = ("architecture", "model_args", "mean", "std", "image_size")  # without these a file is not ours
+NEEDED = "name what `sslpre export` wrote: a .safetensors file or a folder with model.safetensors"
+
+
+def export(encoder: Encoder, facts: dict[str, str], out: Path) -> list[str]:
+    """Write `encoder` to `out` and prove that timm opens it; gives back the Python lines that do.
+
+    `out` ends in `.safetensors`: one file of timm's own keys. Else a folder of model.safetensors and config.json, also
+    for `num_classes=N` and `features_only=True`. facts: metadata, added to what the encoder itself knows.
+    Raises SslpreError: exit 2 if `out` exists or cannot be written as asked, 10 for weights that are not finite, 1 if
+    the proof fails; nothing is left behind then.
+    """
+    if out.exists() or out.is_symlink():
+        raise SslpreError(f"`{out}` exists", "name another OUT, or remove it first")
+    if out.suffix.lower() in FOREIGN and out.suffix != ".safetensors":
+        raise SslpreError(f"cannot write `{out.suffix}` files", f"sslpre export {out.with_suffix('.safetensors')}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".safetensors":
+            write_file(encoder, facts, out)
+        else:
+            write_folder(encoder, facts, out)
+    except OSError as error:
+        hint = "name an OUT in a folder that you can write to"
+        raise SslpreError(f"cannot write `{out}`: {(error.strerror or 'unknown reason').lower()}", hint) from error
+    lines = usage(encoder, out)
+    try:
+        prove(encoder, lines, out)
+    except BaseException:  # Ctrl-C too: what is not proven does not stay
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise
+    return lines
+
+
+def write_file(encoder: Encoder, facts: dict[str, str], out: Path) -> None:
+    """Write the encoder to the file `out`, whole or not at all, without the proof. Raises SslpreError as `export`."""
+    data = packed(encoder, facts)
+    temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        write_synced(temporary, data)
+        temporary.rename(out)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(out.parent)
+
+
+def write_folder(encoder: Encoder, facts: dict[str, str], folder: Path) -> None:
+    """Write model.safetensors and config.json into a new `folder`, whole or not at all, without the proof.
+
+    Raises SslpreError as `export`, and OSError if `folder` exists and is not empty.
+    """
+    data = packed(encoder, facts)
+    described = json.dumps(config(encoder, facts), indent=1).encode()
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        write_synced(temporary / "model.safetensors", data)
+        write_synced(temporary / "config.json", described)
+        sync_folder(temporary)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def packed(encoder: Encoder, facts: dict[str, str]) -> bytes:
+    """The safetensors file as bytes: timm's keys, every tensor a copy of its own, metadata of strings.
+
+    Bytes rather than `save_file`, which since 0.8 makes files that only their owner can read.
+    """
+    if encoder.colour != "rgb":
+        hint = "only encoders of RGB images can be exported"
+        raise SslpreError(f"cannot export an encoder of `{encoder.colour}` images", hint)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            hint = "export an earlier run, or train again with --precision fp32"
+            raise SslpreError(f"the weights `{name}` are not finite", hint, 10)
+    return safetensors.torch.save(tensors, metadata(encoder, facts))
+
+
+def metadata(encoder: Encoder, facts: dict[str, str]) -> dict[str, str]:
+    mean, std = colours(encoder)
+    own = {
+        "architecture": encoder.architecture,
+        "model_args": json.dumps(encoder.model_args),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "image_size": str(encoder.image_size),
+        "sslpre": sslpre.__version__,
+    }
+    return {"format": "pt", **{name: str(fact) for name, fact in facts.items()}, **own}
+
+
+def colours(encoder: Encoder) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, as they were typed and not as float32 spells them."""
+    mean, std = (
+        [float(f"{value:.7g}") for value in buffer.flatten().tolist()] for buffer in (encoder.mean, encoder.std)
+    )
+    return mean, std
+
+
+def config(encoder: Encoder, facts: dict[str, str]) -> dict[str, Any]:
+    """timm's config.json. Without a licence: weights trained from scratch have the one that their owner gives them."""
+    mean, std = colours(encoder)
+    theirs: dict[str, Any] = encoder.model.pretrained_cfg
+    history = {name: fact for name, fact in facts.items() if name not in (*FACTS, "sslpre")}
+    return {
+        "architecture": encoder.architecture,
+        "num_classes": 0,
+        "num_features": encoder.dim,
+        "model_args": encoder.model_args,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, encoder.image_size, encoder.image_size],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": mean,
+            "std": std,
+            "num_classes": 0,
+            "first_conv": theirs.get("first_conv"),
+            "classifier": theirs.get("classifier"),
+        },
+        "sslpre": {"version": sslpre.__version__, **history},
+    }
+
+
+def usage(encoder: Encoder, out: Path) -> list[str]:
+    """Python lines that open `out` with timm and compute `features` of `images`."""
+    mean, std = colours(encoder)
+    size = encoder.image_size
+    lines = ["import timm", "import torch"]
+    if encoder.architecture.removesuffix("_small") in small_stems and encoder.architecture.endswith("_small"):
+        lines.append(f"import sslpre.timm  # registers {encoder.architecture}, which plain timm does not have")
+    if out.suffix == ".safetensors":
+        arguments = "".join(f", {name}={value!r}" for name, value in encoder.model_args.items())
+        arguments += f", checkpoint_path={str(out)!r}"
+        lines.append(f"model = timm.create_model({encoder.architecture!r}, num_classes=0{arguments})")
+    else:
+        name = f"local-dir:{out}"
+        lines.append(f"model = timm.create_model({name!r}, pretrained=True)  # num_classes=10 for a new head")
+    return [
+        *lines,
+        f"mean = torch.tensor({mean}).view(3, 1, 1)",
+        f"std = torch.tensor({std}).view(3, 1, 1)",
+        "with torch.inference_mode():",
+        f"    features = model.eval()((images - mean) / std)  # images: float RGB [N, 3, {size}, {size}] in [0, 1]",
+    ]
+
+
+def prove(encoder: Encoder, lines: list[str], out: Path) -> None:
+    """Run `lines` in a fresh process on 8 random images and compare with the encoder. Raises SslpreError (exit 1)."""
+    side = encoder.image_size
+    images = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    mine = own_features(encoder, images)
+    with tempfile.TemporaryDirectory() as folder:
+        there, back = (os.path.join(folder, name) for name in ("images.safetensors", "features.safetensors"))
+        safetensors.torch.save_file({"images": images}, there)
+        script = [
+            "from safetensors.torch import load_file, save_file",
+            f"images = load_file({there!r})['images']",
+            *lines,
+            f"save_file({{'features': features.clone()}}, {back!r})",
+        ]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", "\n".join(script)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise unproven(out, f"timm took more than {PATIENCE} s to open it") from error
+        if done.returncode:
+            raise unproven(out, (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1])
+        theirs = safetensors.torch.load_file(back)["features"]
+    if theirs.shape != mine.shape:
+        raise unproven(out, f"timm gives features of shape {tuple(theirs.shape)}, not {tuple(mine.shape)}")
+    apart = ((theirs - mine).abs().max() / mine.abs().max().clamp_min(1e-12)).item()
+    if not apart <= TOLERANCE:  # NaN is not
+        raise unproven(out, f"timm's features differ from the encoder's by {apart:.1e}")
+
+
+def own_features(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+    """Features in evaluation mode, on the CPU; the encoder's modes are as before afterwards."""
+    modes = [(part, part.training) for part in encoder.modules()]
+    try:
+        with torch.inference_mode():
+            return encoder.eval()(images.to(encoder.mean.device)).float().cpu()
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def unproven(out: Path, reason: str) -> SslpreError:
+    hint = "nothing is lost: the run still holds the encoder; another version of timm may open it"
+    return SslpreError(f"`{out}` was removed, it did not pass its check: {reason}", hint, 1)
+
+
+def open_encoder(path: Path) -> tuple[Encoder, dict[str, str]]:
+    """The encoder in a `.safetensors` export or an exported folder, in evaluation mode on the CPU, and its metadata.
+
+    Every tensor must be there and none besides; nothing is unpickled. Raises SslpreError (exit 5).
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix.lower() in PICKLES:
+        raise SslpreError(f"`{path}` may hold a pickle, which can run any code; it is not opened", NEEDED, 5)
+    try:
+        with safe_open(str(file), "pt") as stored:
+            facts = dict(stored.metadata() or {})
+        tensors = safetensors.torch.load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise SslpreError(f"`{file}` cannot be read: {' '.join(str(error).split())}", NEEDED, 5) from error
+    missing = [name for name in FACTS if name not in facts]
+    if missing:
+        raise SslpreError(f"`{file}` was not written by sslpre: its metadata has no `{missing[0]}`", NEEDED, 5)
+    encoder = rebuilt(file, facts)
+    own = {name: tuple(tensor.shape) for name, tensor in encoder.model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if own != theirs:
+        odd = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+        matching = len(own.keys() | theirs.keys()) - len(odd)
+        message = f"`{file}` fits {matching} of {len(own)} tensors of {encoder.architecture}, not `{odd[0]}`"
+        raise SslpreError(message, "export it again, with the timm that is installed", 5)
+    encoder.model.load_state_dict(tensors, strict=True)
+    return encoder.eval(), facts
+
+
+def rebuilt(file: Path, facts: dict[str, str]) -> Encoder:
+    """The network that the metadata describes, with weights yet to be loaded. The metadata is not trusted."""
+    architecture = facts["architecture"]
+    if not timm.is_model(architecture):  # names like hf-hub:… would reach for the network
+        message = f"`{file}` is of the architecture `{architecture}`, which timm {timm.__version__} does not have"
+        raise SslpreError(message, "pip install -U timm", 5)
+    try:
+        arguments, mean, std = (json.loads(facts[name]) for name in ("model_args", "mean", "std"))
+        model = timm.create_model(
+            architecture,
+            num_classes=0,
+            pretrained=False,  # this and the next are given here, so that metadata which gives them again is refused
+            pretrained_cfg=None,
+            pretrained_cfg_overlay=None,
+            checkpoint_path=None,
+            cache_dir=None,
+            **arguments,
+        )
+        return Encoder(model, architecture, arguments, int(facts["image_size"]), colour(mean), colour(std))
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SslpreError(f"the metadata of `{file}` cannot be used: {reason}", NEEDED, 5) from error
+
+
+def colour(numbers: Any) -> list[float]:
+    """Three finite numbers, or ValueError."""
+    found = [float(number) for number in numbers]
+    if len(found) != 3 or not all(map(math.isfinite, found)):
+        raise ValueError(f"{numbers} are not three colours")
+    return found
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # a folder cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

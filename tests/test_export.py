@@ -1,0 +1,277 @@
+"""Exports: timm opens them in another process with equal features, or they are not there."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from safetensors import safe_open
+
+from sslpre import export as module
+from sslpre.encoder import build
+from sslpre.errors import SslpreError
+from sslpre.export import export, open_encoder, write_file, write_folder
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.26, 0.27)
+FACTS = {
+    "architecture": "?", "model_args": "?", "mean": "?", "std": "?", "image_size": "?", "store_size": "40",
+    "recipe": "simclr", "method": "simclr", "step": "12", "data_fingerprint": "ab12", "sslpre": "?",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def found_by_children(monkeypatch, child, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", child["PYTHONPATH"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def encoder(name="test_resnet", side=32, **arguments):
+    """With batch statistics and biases that are not those of a fresh network."""
+    network = build(name, image_size=side, mean=MEAN, std=STD, **arguments)
+    with torch.no_grad():
+        for tensor in network.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.01 * torch.rand_like(tensor))
+    return network
+
+
+def features(network, images):
+    with torch.no_grad():
+        return network.eval()(images)
+
+
+def reason(code, action, *arguments):
+    with pytest.raises(SslpreError) as error:
+        action(*arguments)
+    assert error.value.code == code, error.value.message
+    assert "\n" not in error.value.message and error.value.hint
+    return error.value.message
+
+
+# ---- proven in a fresh process: each of these starts one
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [
+        ("resnet18_small", "new/deep/encoder.safetensors"),
+        ("resnet18_small", "enc"),
+        ("test_resnet", "an odd 'name' #1"),
+        ("test_vit", "encoder.safetensors"),
+        ("test_vit", "enc"),
+        ("test_convnext", "enc"),
+    ],
+)
+def test_the_printed_lines_open_it(name, out, tmp_path):
+    network = encoder(name).train()
+    lines = export(network, FACTS, tmp_path / out)
+    assert network.training
+    assert any("import sslpre.timm" in line for line in lines) == name.endswith("_small")
+    assert any("dynamic_img_size=True" in line for line in lines) == (name == "test_vit" and "." in out)
+    images = torch.rand(2, 3, 32, 32)
+    opened, facts = open_encoder(tmp_path / out)
+    torch.testing.assert_close(features(opened, images), features(network, images))
+    assert not opened.training and opened.image_size == 32 and opened.architecture == name
+    assert facts["step"] == "12" and facts["architecture"] == name
+    assert [path.name for path in (tmp_path / out).parent.iterdir()] == [(tmp_path / out).name]  # no temporary is left
+
+
+def test_plain_timm_refuses_a_small_stem(tmp_path):
+    write_folder(encoder("resnet18_small"), FACTS, tmp_path / "enc")
+    write_file(encoder("resnet18_small"), FACTS, tmp_path / "enc.safetensors")
+    script = """
+import timm
+for arguments in (dict(model_name="local-dir:enc", pretrained=True),
+                  dict(model_name="resnet18", num_classes=0, checkpoint_path="enc.safetensors")):
+    try:
+        timm.create_model(**arguments)
+    except RuntimeError as error:
+        print("refused", str(error).splitlines()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == "refused Unknown model (resnet18_small)"
+    assert second.startswith("refused Error(s) in loading state_dict")
+
+
+@pytest.mark.parametrize(
+    ("out", "lines", "why"),
+    [
+        ("enc", ["raise RuntimeError('timm says no')"], "RuntimeError: timm says no"),
+        ("encoder.safetensors", ["features = images.mean((2, 3))"], "shape (8, 3), not (8, 96)"),
+        ("enc", ["import torch", "features = torch.full((8, 96), torch.nan)"], "differ from the encoder's by nan"),
+        ("e.safetensors", ["features = images[:, :2, :6, :8].flatten(1)"], "differ from the encoder's by "),
+    ],
+)
+def test_what_does_not_prove_itself_is_removed(out, lines, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "usage", lambda encoder, out: lines)
+    assert why in reason(1, export, encoder(), FACTS, tmp_path / out)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("name", ["resnet18_small", "test_resnet", "test_vit", "test_convnext"])
+def test_a_folder_serves_every_use_of_timm(name, tmp_path):
+    network = encoder(name)
+    write_folder(network, FACTS, tmp_path / "enc")
+    opened = timm.create_model("local-dir:enc", pretrained=True)
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(features(opened, network.prepare(images)), features(network, images))
+    assert opened.pretrained_cfg["mean"] == list(MEAN) and opened.pretrained_cfg["input_size"] == [3, 32, 32]
+    headed = timm.create_model("local-dir:enc", pretrained=True, num_classes=10)
+    assert features(headed, images).shape == (2, 10)
+    torch.testing.assert_close(
+        features(headed, network.prepare(images)), headed.get_classifier()(features(network, images))
+    )
+    dense = timm.create_model("local-dir:enc", pretrained=True, features_only=True)
+    own = dict(network.model.named_parameters())
+    assert all(any(torch.equal(part, value) for value in own.values()) for part in list(dense.parameters())[:4])
+    assert len(features(dense, images)) >= 3
+    written = json.loads((tmp_path / "enc" / "config.json").read_text())
+    assert "license" not in json.dumps(written) and written["num_features"] == network.dim
+    assert written["sslpre"]["method"] == "simclr"
+
+
+def test_the_keys_are_timms_and_the_metadata_strings(tmp_path):
+    network = encoder("test_vit")
+    write_file(network, {**FACTS, "step": 12}, tmp_path / "encoder.safetensors")
+    with safe_open(tmp_path / "encoder.safetensors", "pt") as stored:
+        facts, keys = stored.metadata(), set(stored.keys())
+    assert keys == set(timm.create_model("test_vit", num_classes=0).state_dict())
+    assert facts.keys() >= FACTS.keys() and all(isinstance(fact, str) for fact in facts.values())
+    assert "?" not in facts.values()  # the encoder knows better
+    assert json.loads(facts["mean"]) == list(MEAN) and json.loads(facts["std"]) == list(STD)
+    assert json.loads(facts["model_args"]) == network.model_args == {"img_size": 32, "dynamic_img_size": True}
+
+
+def test_memory_formats_and_shared_tensors_are_written_plainly(tmp_path):
+    network = encoder().to(memory_format=torch.channels_last)
+    network.model.layer1[0].bn2.weight = network.model.layer1[0].bn1.weight
+    write_file(network, FACTS, tmp_path / "encoder.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    opened, _ = open_encoder(tmp_path / "encoder.safetensors")
+    torch.testing.assert_close(features(opened, images), features(network, images))
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077, 0o022])
+def test_files_get_the_umasks_mode(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_file(encoder(), FACTS, tmp_path / "encoder.safetensors")
+        write_folder(encoder(), FACTS, tmp_path / "enc")
+    finally:
+        os.umask(before)
+    for path, full in [
+        ("encoder.safetensors", 0o666),
+        ("enc", 0o777),
+        ("enc/model.safetensors", 0o666),
+        ("enc/config.json", 0o666),
+    ]:
+        assert stat.S_IMODE((tmp_path / path).stat().st_mode) == full & ~mask, path
+
+
+# ---- what is refused
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "file.safetensors").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    for name in ("file.safetensors", "folder", "link.safetensors"):
+        assert "exists" in reason(2, export, encoder(), FACTS, tmp_path / name)
+    assert (tmp_path / "file.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["encoder.pth", "encoder.onnx", "encoder.SAFETENSORS"])
+def test_other_kinds_of_files_are_not_written(name, tmp_path):
+    assert "cannot write" in reason(2, export, encoder(), FACTS, tmp_path / name)
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "cannot write" in reason(2, export, encoder(), FACTS, tmp_path / "file" / "encoder.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    network = encoder()
+    with torch.no_grad():
+        network.model.layer2[0].bn1.running_var[3] = value
+    assert "layer2.0.bn1.running_var" in reason(10, export, network, FACTS, tmp_path / "encoder.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_rgb_is_exported(tmp_path):
+    luma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="luma")
+    assert "luma" in reason(2, export, luma, FACTS, tmp_path / "encoder.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def stored(path, tensors=None, **facts):
+    """An export with some of its metadata or tensors changed."""
+    network = encoder()
+    metadata = {**module.metadata(network, FACTS), **facts}
+    tensors = tensors or {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(tensors, {name: fact for name, fact in metadata.items() if fact}))
+    return path
+
+
+def test_what_is_not_an_export_is_not_opened(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    assert "cannot be read" in reason(5, open_encoder, path)
+    assert "cannot be read" in reason(5, open_encoder, tmp_path)  # a folder without model.safetensors
+    whole = stored(path).read_bytes()
+    for damaged in (b"", b"not safetensors at all", whole[:-7], whole[: len(whole) // 2], b"\xff" * 64):
+        path.write_bytes(damaged)
+        assert "cannot be read" in reason(5, open_encoder, path)
+    assert "pickle" in reason(5, open_encoder, tmp_path / "checkpoint.pth")
+    assert "no `architecture`" in reason(5, open_encoder, stored(path, architecture=""))
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "does not have"),
+        ({"architecture": "no_such_network"}, "does not have"),
+        ({"architecture": "test_vit"}, "of test_vit, not"),
+        ({"model_args": '{"checkpoint_path": "evil.pth"}'}, "multiple values"),
+        ({"model_args": '{"pretrained": true}'}, "multiple values"),
+        ({"model_args": "[1"}, "cannot be used"),
+        ({"model_args": "[1]"}, "cannot be used"),
+        ({"mean": "[1, 2]"}, "cannot be used"),
+        ({"mean": "[1, 2, NaN]"}, "cannot be used"),
+        ({"image_size": "big"}, "cannot be used"),
+    ],
+)
+def test_metadata_is_not_trusted(facts, why, tmp_path):
+    assert why in reason(5, open_encoder, stored(tmp_path / "encoder.safetensors", **facts))
+
+
+def test_every_tensor_must_be_there_and_none_besides(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in encoder().model.state_dict().items()}
+    total = len(tensors)
+    lacking = {name: tensor for name, tensor in tensors.items() if name != "conv1.0.weight"}
+    assert f"{total - 1} of {total} tensors of test_resnet, not `conv1.0.weight`" in reason(
+        5, open_encoder, stored(path, lacking)
+    )
+    assert "not `fc.weight`" in reason(5, open_encoder, stored(path, {**tensors, "fc.weight": torch.ones(3)}))
+    odd = {**tensors, "conv1.0.weight": torch.ones(3)}
+    assert "not `conv1.0.weight`" in reason(5, open_encoder, stored(path, odd))
+
+
+def test_the_lines_hold_for_sizes_other_than_the_training_size(tmp_path):
+    """A ViT is built with dynamic_img_size: a folder opened elsewhere takes other sizes too."""
+    network = encoder("test_vit")
+    write_folder(network, FACTS, tmp_path / "enc")
+    opened = timm.create_model("local-dir:enc", pretrained=True)
+    images = torch.rand(1, 3, 48, 64)
+    torch.testing.assert_close(features(opened, network.prepare(images)), features(network, images))

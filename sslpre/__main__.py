@@ -1,0 +1,3 @@
+from sslpre.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The command line: one file per verb. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from sslpre import __version__
+from sslpre.cli import export, pretrain, probe, recipes
+from sslpre.cli.mistakes import UsageError, in_our_words, printable
+from sslpre.cli.words import Command, Group
+from sslpre.errors import SslpreError
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: half the start-up time, one screen, nothing to switch off for NO_COLOR
+    pretty_exceptions_enable=False,
+    epilog="Try it: sslpre pretrain simclr",
+)
+for verb in (pretrain.pretrain, probe.probe, export.export, recipes.recipes):
+    app.command(cls=Command)(verb)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sslpre {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def sslpre(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Pretrain an image encoder without labels, and see how good it is.
+
+    \b
+      sslpre pretrain simclr ./images      any folder of images
+      sslpre probe --linear                is the newest run any good?
+      sslpre export encoder.safetensors    loads in timm
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program `sslpre`. Ends in SystemExit, with the codes that SslpreError lists, or 1 for a mistake of ours."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(words: list[str]) -> int:
+    """Run one command line and return its exit code; an error is one `error:` and one `hint:` line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name need not be text in the terminal's encoding
+    end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:end]
+    words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
+    command = typer.main.get_command(app)
+    cause: BaseException
+    try:
+        code = command.main(words or ["--help"], prog_name="sslpre", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:
+            raise KeyboardInterrupt  # Typer makes an exit code of it
+        return int(code or 0)
+    except UsageError as error:
+        told, cause = in_our_words(error, words, command), error
+    except SslpreError as error:
+        told, cause = error, error
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # the reader went away (`| head`); nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort) as error:
+        told, cause = SslpreError("interrupted", "sslpre pretrain --resume last goes on with a saved run", 130), error
+    except Exception as error:
+        what = f"internal: {type(error).__name__}: {error}"
+        told, cause = SslpreError(what, "this is a mistake in sslpre: add --debug and report what it prints", 1), error
+    if debug:
+        import traceback
+
+        traceback.print_exception(cause)
+    print(f"error: {printable(told.message)}", file=sys.stderr)
+    print(f"hint: {printable(told.hint or 'add --debug to see where it happened')}", file=sys.stderr)
+    return told.code

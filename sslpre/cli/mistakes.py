@@ -1,0 +1,64 @@
+"""What Typer says about a command line that it cannot read, in our words: what is wrong, and what to type."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+from sslpre.errors import SslpreError
+from sslpre.shelf import names
+
+# click's exceptions, or those of the copy that newer Typers carry: whichever this Typer raises.
+exceptions: Any = sys.modules[typer.BadParameter.__module__]
+UsageError: type[Exception] = exceptions.UsageError
+
+
+def in_our_words(error: Any, words: Sequence[str], group: Any) -> SslpreError:
+    """A usage error as an SslpreError (exit 2), its hint the nearest command or option. `group`: the whole program."""
+    context = getattr(error, "ctx", None)
+    verb = context.info_name if context is not None and context.parent is not None else first_plain(words)
+    command = group.commands.get(verb, group)
+    program = f"sslpre {verb}" if verb in group.commands else "sslpre"
+    options = [name for one in command.get_params(typer.Context(command)) for name in one.opts if name.startswith("-")]
+    if isinstance(error, exceptions.NoSuchOption):
+        typed = next((word for word in words if word.startswith(error.option_name)), error.option_name)
+        typed = typed.partition("=")[0]
+        return SslpreError(f"no option `{typed}` in `{program}`", nearest(typed, options, "", f"{program} --help"))
+    if isinstance(error, exceptions.BadOptionUsage):
+        option = error.option_name
+        if "not take a value" in error.message:
+            return SslpreError(f"`{option}` takes no value", f"write {option} alone")
+        return SslpreError(f"`{option}` needs a value", f"{program} --help shows what it takes")
+    if verb is not None and verb not in group.commands:
+        return no_command(verb, words, list(group.commands))
+    extra = re.search(r"unexpected extra argument(?:s|\(s\))? \((.*)\)", error.message)
+    if extra:
+        return SslpreError(f"too many words for `{program}`: `{extra[1]}`", f"{program} --help")
+    message = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
+    return SslpreError(message[:1].lower() + message[1:], f"{program} --help")
+
+
+def no_command(verb: str, words: Sequence[str], commands: list[str]) -> SslpreError:
+    if verb in names():  # `sslpre simclr ./images`
+        return SslpreError(f"no command `{verb}`", " ".join(["sslpre pretrain", *words]))
+    return SslpreError(f"no command `{verb}`", nearest(verb, commands, "sslpre ", "sslpre --help"))
+
+
+def nearest(typed: str, known: Iterable[str], prefix: str, otherwise: str) -> str:
+    near = difflib.get_close_matches(typed, list(known), n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
+
+
+def first_plain(words: Sequence[str]) -> str | None:
+    """The word that stands where a command should."""
+    return next((word for word in words if not word.startswith("-")), None)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and undecodable bytes written out: file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

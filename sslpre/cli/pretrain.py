@@ -1,0 +1,141 @@
+"""`sslpre pretrain`: from a recipe and a folder of images to a run directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sslpre.cli.probe import DEVICES
+from sslpre.cli.words import check_folder, flag, number, one_of, whole
+from sslpre.errors import SslpreError
+from sslpre.train.runs import find_run
+
+PRECISIONS = ("auto", "bf16", "fp32")
+RESUME = "Go on with a run; then no RECIPE. auto: if any."
+
+
+def pretrain(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", hidden=True)] = None,
+    images: Annotated[str | None, typer.Argument(metavar="IMAGES", hidden=True)] = None,
+    settings: Annotated[
+        list[str] | None, flag("--set", "TABLE.KEY=VALUE", "Change a key of the recipe; repeatable.")
+    ] = None,
+    backbone: Annotated[str | None, flag("--backbone", "NAME", "Any timm backbone.")] = None,
+    image_size: Annotated[str | None, flag("--image-size", "N", "Side of a view, in pixels.")] = None,
+    epochs: Annotated[str | None, flag("--epochs", "N", "Passes over the images.")] = None,
+    batch_size: Annotated[str | None, flag("--batch-size", "N", "Images per step, over all devices.")] = None,
+    lr: Annotated[str | None, flag("--lr", "X", "Peak learning rate.")] = None,
+    seed: Annotated[str | None, flag("--seed", "N", "Weights, order and views.")] = None,
+    precision: Annotated[
+        str | None, flag("--precision", "|".join(PRECISIONS), "auto: bf16 where it is native.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
+    out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
+    resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
+    device: Annotated[str, flag("--device", "|".join(DEVICES), "Where to run.  [auto]")] = "auto",
+    workers: Annotated[str | None, flag("--workers", "N", "Decoding threads.  [one per core]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON at the end.")] = False,
+) -> None:
+    """Pretrain an encoder on a folder of images, no labels needed.
+
+    IMAGES is any folder, nested or flat; without it, the built-in sample set.
+    RECIPE is a name from `sslpre recipes` or a .toml file. What is not given
+    is chosen, and printed in the first lines.
+
+    \b
+      sslpre pretrain simclr
+      sslpre pretrain simclr ./images --epochs 20 --set method.temperature=0.2
+      sslpre pretrain --resume last
+    """
+    one_of("--device", device, DEVICES)
+    threads = whole("--workers", workers, 4, least=0)
+    keys: dict[str, Any] = {
+        "encoder.backbone": backbone,
+        "encoder.image_size": whole("--image-size", image_size, 224, auto=True),
+        "train.epochs": whole("--epochs", epochs, 20, auto=True),
+        "train.batch_size": whole("--batch-size", batch_size, 256, auto=True),
+        "optim.lr": number("--lr", lr, 0.1, auto=True),
+        "train.seed": whole("--seed", seed, 0, least=0),
+        "train.precision": precision and one_of("--precision", precision, PRECISIONS),
+        "train.compile": compiled or None,
+        "data.max_bad": number("--max-bad", max_bad, 0.01, most=1),
+    }
+    words = {"RECIPE": recipe, "IMAGES": images, "--set": settings, "--out": out}
+    start(words, {key: v for key, v in keys.items() if v is not None}, resume, device, threads, as_json)
+
+
+def start(
+    words: dict[str, Any], keys: dict[str, Any], resume: str | None, device: str, workers: int | None, as_json: bool
+) -> None:
+    """Train, then print what to type next. words: as typed; keys: recipe keys that flags set, `table.key` to value."""
+    refuse(words, keys, resume)
+    look(words, resume)
+
+    import json
+
+    from sslpre.train.run import Options, pretrain
+
+    overrides: dict[str, dict[str, Any]] = {}
+    for path, value in keys.items():
+        table, _, key = path.partition(".")
+        overrides.setdefault(table, {})[key] = value
+    images, out = (None if words[name] is None else Path(words[name]) for name in ("IMAGES", "--out"))
+    settings = tuple(words["--set"] or ())
+    finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, device, workers))
+    summary = dict(finished.summary)
+    if finished.recipe.data.images:
+        labelled = json.loads((finished.run / "data.json").read_text(encoding="utf-8"))["classes"]
+        more = "" if labelled else " --data ./labelled"
+        print(f"next: sslpre probe {finished.run} --linear{more}", file=sys.stderr)
+    else:
+        summary["probe"] = probe_sample(finished.run, device, workers, as_json)
+    print(f"next: sslpre export encoder.safetensors --run {finished.run}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(summary))
+
+
+def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> None:
+    """Raises SslpreError (exit 2) for a run without a recipe, and for a resumed run that would not be the same run."""
+    recipe = words["RECIPE"]
+    empty = next((name for name, word in words.items() if word == ""), None)
+    if empty is not None:  # an unset shell variable; as a path it would mean the current folder
+        raise SslpreError(f"{empty} is an empty word", "sslpre pretrain simclr ./images")
+    if resume is not None and resume != "auto":
+        flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys]
+        given = ", ".join(f"`{name}`" for name in [*(name for name, word in words.items() if word), *flags])
+        if given:
+            message = f"`--resume {resume}` goes on with a run as it was begun, so {given} cannot be given"
+            raise SslpreError(message, f"sslpre pretrain --resume {resume}")
+    elif recipe is None and resume is None:
+        raise SslpreError("RECIPE is missing", "sslpre pretrain simclr ./images")
+    elif recipe is not None and Path(recipe).is_dir():
+        raise SslpreError(f"`{recipe}` is a folder, and RECIPE comes first", f"sslpre pretrain simclr {recipe}")
+
+
+def look(words: dict[str, Any], resume: str | None) -> None:
+    """Tell the most common mistakes at once, before torch is imported: an unknown recipe or run, a missing folder."""
+    if resume is not None and resume != "auto":
+        find_run(resume)
+    if words["RECIPE"] is not None:
+        from sslpre.recipe import apply_setting, read
+
+        plain = read(words["RECIPE"])
+        for setting in words["--set"] or ():
+            apply_setting(plain, setting)
+    if words["IMAGES"] is not None:
+        check_folder(words["IMAGES"])
+
+
+def probe_sample(run: Path, device: str, workers: int | None, as_json: bool) -> Any:
+    """Probe a run on the built-in sample set; prints the table unless the summary is to hold it as JSON."""
+    from sslpre.cli.probe import measure
+    from sslpre.train.device import pick
+
+    report = measure(run, None, linear=True, knn=True, device=pick(device), workers=workers)
+    if not as_json:
+        print(report.table())
+    return report.json()

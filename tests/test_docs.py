@@ -1,0 +1,193 @@
+"""README and CONTRIBUTING against the code: every command parses, every list is complete, the example method runs."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from sslpre import encoder, methods, recipe
+from sslpre.cli import app
+from sslpre.objective import Batch, Setup
+from sslpre.shelf import names, text
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PROGRAM = typer.main.get_command(app)
+SET_UP = ("pip install . && sslpre pretrain simclr", "pip install '.[test]' && pytest")
+
+
+def command_lines(document: str) -> list[str]:
+    """Every `sslpre …` on a line of a code block, on its own or after another command."""
+    fenced = re.findall(r"^```sh\n(.*?)^```", document, re.M | re.S)
+    indented = re.findall(r"^    (\S.*)$", document, re.M)
+    lines = [line.strip() for block in fenced for line in block.splitlines()] + [line.strip() for line in indented]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if re.match(r"sslpre( |$)", part)]
+
+
+def examples_in_help() -> list[str]:
+    return [line for command in PROGRAM.commands.values() for line in command_lines("\n".join(indented(command.help)))]
+
+
+def indented(help_text: str) -> list[str]:
+    return [f"    {line.strip()}" if line.startswith("  ") else line for line in help_text.splitlines()]
+
+
+def parse(line: str) -> dict:
+    """Parse a command line with the program's own parser, running nothing. Raises what the parser raises."""
+    words = shlex.split(line.partition(" > ")[0])[1:]
+    context = PROGRAM.make_context("sslpre", list(words))
+    verb = PROGRAM.commands[words[0]]
+    inner = verb.make_context(words[0], words[1:], parent=context)
+    return {"verb": words[0], **inner.params}
+
+
+@pytest.mark.parametrize("line", [*command_lines(README), *command_lines(CONTRIBUTING), *examples_in_help()])
+def test_every_command_parses(line):
+    given = parse(line)
+    if given["verb"] == "pretrain" and given["recipe"] is not None:
+        assert given["recipe"] in names() or given["recipe"].endswith(".toml")
+    for setting in given.get("settings") or ():
+        recipe.load(given["recipe"], [setting])
+
+
+def test_the_parser_would_tell():
+    for wrong in ("sslpre pretrain simclr --batchsize 3", "sslpre probe a b", "sslpre export --run"):
+        with pytest.raises(Exception, match=r"(?i)option|argument"):
+            parse(wrong)
+
+
+def test_what_a_user_types_stands_in_the_readme():
+    for line in SET_UP:
+        assert f"\n    {line}\n" in README
+    lines = set(command_lines(README))
+    assert lines >= {
+        "sslpre pretrain simclr",
+        "sslpre pretrain simclr ./images",
+        "sslpre pretrain simclr ./images --backbone resnet50 --epochs 20 --batch-size 256 --set method.temperature=0.2",
+        "sslpre probe --linear",
+        "sslpre probe --knn",
+        "sslpre probe runs/simclr-1 --data ./labelled --linear --json",
+        "sslpre export encoder.safetensors",
+        "sslpre export enc/",
+        "sslpre recipes",
+        "sslpre recipes simclr",
+    }
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert SET_UP[1] in script.splitlines()
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in script
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def rows(mark: str) -> list[str]:
+    """First cells of the table between two marks, without backticks."""
+    (part,) = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.S)
+    return [line.split("|")[1].strip(" `") for line in part.strip().splitlines()[2:]]
+
+
+def test_lists_are_those_of_the_code():
+    assert rows("commands") == [f"sslpre {name}" for name in PROGRAM.commands]
+    assert rows("recipes") == names()
+    assert rows("methods") == sorted(methods.table)
+
+
+def test_exit_codes_are_those_of_the_code():
+    used = {0, 1}
+    for path in (ROOT / "sslpre").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "SslpreError":
+                given = [*node.args[2:3], *(word.value for word in node.keywords if word.arg == "code")]
+                used |= {ast.literal_eval(code) for code in given} or {2}
+    (table,) = re.findall(r"\| exit code \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", README)
+    told = {int(line.split("|")[1]) for line in table.splitlines()}
+    assert used == told
+
+
+def test_files_of_a_run_that_the_readme_names_are_written_by_the_code():
+    (block,) = re.findall(r"^    runs/simclr-1/\n((?:      .*\n)+)", README, re.M)
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sslpre").rglob("*.py"))
+    for line in block.splitlines():
+        assert f'"{line.split()[0].rstrip("/")}"' in code, line
+
+
+def test_nothing_is_claimed_that_was_not_measured():
+    (results,) = re.findall(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.S)
+    assert "ot measured yet" in results or re.search(r"commit|[0-9a-f]{7}", results)
+
+
+def example_method(tmp_path):
+    """The method that CONTRIBUTING shows, imported from its text."""
+    (block,) = re.findall(r"```python\n(# sslpre/methods/(\w+)\.py\n.*?)```", CONTRIBUTING, re.S)
+    path = tmp_path / f"{block[1]}.py"
+    path.write_text(block[0], encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(block[1], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, block[0]
+
+
+def tiny_setup(batch):
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+
+    def build(colour, size):
+        return encoder.build("test_resnet", image_size=size or 32, mean=mean.tolist(), std=std.tolist(), colour=colour)
+
+    return Setup(64, None, batch, (32, 32), mean, std, build)
+
+
+def batch_of(views):
+    index = torch.arange(len(views[0]))
+    return Batch(views, index, torch.full_like(index, -1), 0.0, seed=0, epoch=0)
+
+
+def test_the_example_is_a_whole_method_in_40_lines(tmp_path, monkeypatch):
+    module, source = example_method(tmp_path)
+    assert len(source.splitlines()) <= 41  # the first says where the file goes
+    assert max(map(len, source.splitlines())) <= 120
+    monkeypatch.setattr(methods, "methods", lambda: {"align-uniform": module.AlignUniform})
+    plain = {"method": {"name": "align-uniform", "weight": 2}, "views": [{"copies": 2}]}
+    assert recipe.parse(plain, "example").method == {"name": "align-uniform", "weight": 2.0, "output": 128}
+    with pytest.raises(recipe.SslpreError, match=r"method\.weight = -1"):
+        recipe.parse({**plain, "method": {"name": "align-uniform", "weight": -1}}, "example")
+
+
+def test_the_example_learns(tmp_path):
+    module, _ = example_method(tmp_path)
+    x = torch.rand(16, 3, 32, 32)
+    batch = batch_of([x, (x + 0.1 * torch.rand_like(x)).clamp(0, 1)])
+    objective = module.AlignUniform(tiny_setup(16), output=8)
+    optimiser = torch.optim.SGD(objective.parameters(), lr=0.05)
+    values = []
+    for _ in range(5):
+        loss = objective.loss(batch)
+        optimiser.zero_grad()
+        loss.value.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+        optimiser.step()
+        values.append(loss.value.item())
+    assert values[-1] < values[0] - 0.1
+    assert objective.loss(batch_of([x, x])).terms["align"].item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_examples_numbers(tmp_path):
+    """Four points at the corners of a square on the circle: four sides of length √2, two diagonals of length 2."""
+    module, _ = example_method(tmp_path)
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    expected = torch.tensor((4 * torch.e**-4 + 2 * torch.e**-8) / 6).log()
+    assert module.uniformity(square).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_recipes_name_commands_that_exist():
+    for name in names():
+        for flags in re.findall(r"For .*?: (--.*)", text(name)):
+            parse(f"sslpre pretrain {name} {flags.rstrip('.')}")

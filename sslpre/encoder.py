@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -121,25 +122,43 @@ def build(
     so up to 64 px; "timm" never. Raises SslpreError (exit 2) for an unknown backbone, a stem it cannot have, and a size
     that the patch does not divide.
     """
-    architecture = backbone
-    if stem == "small" or (stem == "auto" and image_size <= 64):
-        if backbone in small_stems:
-            architecture = f"{backbone}_small"
-        elif stem == "small" and not backbone.endswith("_small"):
-            raise SslpreError(
-                f"`{backbone}` cannot have a small stem",
-                "use --set encoder.stem=timm; small stems fit " + ", ".join(sorted(small_stems)[:4]),
-            )
+    name, dot, _ = backbone.partition(".")
+    if dot:  # timm's `name.tag` means pretrained weights, which would not be loaded
+        raise SslpreError(
+            f"`{backbone}` names pretrained weights, and training starts from scratch", f"--backbone {name}"
+        )
+    architecture = f"{backbone}_small" if takes_small(backbone, stem, image_size) else backbone
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.3)
-        raise SslpreError(
-            f"no timm backbone `{backbone}`",
-            "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18",
-        )
-    arguments = size_arguments(architecture, image_size)
+        hint = "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18"
+        raise SslpreError(f"no timm backbone `{backbone}`", hint)
     channels: dict[str, Any] = {} if colour == "rgb" else {"in_chans": CHANNELS[colour]}
-    model = timm.create_model(architecture, num_classes=0, **arguments, **channels)
-    return Encoder(model, architecture, arguments, image_size, mean, std, colour)
+    arguments = size_arguments(architecture, image_size)
+    try:
+        model = timm.create_model(architecture, num_classes=0, **arguments, **channels)
+        network = Encoder(model, architecture, arguments, image_size, mean, std, colour)
+        with torch.no_grad():  # one image through it, before anything is trained
+            features = network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # timm's networks refuse sizes each in its own way, all of them when built or tried
+        own = timm.get_pretrained_cfg(architecture)
+        usual = own.input_size[-1] if own is not None else 224
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SslpreError(f"`{architecture}` cannot take {image_size} px: {reason}", f"--image-size {usual}") from error
+    if features.shape != (1, network.dim):
+        raise SslpreError(
+            f"`{architecture}` gives no pooled features, but {tuple(features.shape)}", "--backbone resnet18"
+        )
+    return network.train()
+
+
+def takes_small(backbone: str, stem: str, image_size: int) -> bool:
+    """Does this recipe's network get the small stem? Raises SslpreError (exit 2) where it is asked for in vain."""
+    if stem == "small" and backbone not in small_stems and not backbone.endswith("_small"):
+        fitting = ", ".join(sorted(small_stems)[:4])
+        raise SslpreError(
+            f"`{backbone}` cannot have a small stem", f"--set encoder.stem=timm; small stems fit {fitting}"
+        )
+    return backbone in small_stems and (stem == "small" or (stem == "auto" and image_size <= 64))
 
 
 def size_arguments(architecture: str, image_size: int) -> dict[str, Any]:
@@ -155,6 +174,6 @@ def size_arguments(architecture: str, image_size: int) -> dict[str, Any]:
             raise SslpreError(f"`{architecture}` needs sizes divisible by {side}, `{image_size}` is not", nearest)
     if hasattr(model, "dynamic_img_size"):
         return {"img_size": image_size, "dynamic_img_size": True}
-    if patch is not None:  # windowed transformers lay out their windows for one size
+    if "img_size" in inspect.signature(type(model).__init__).parameters:  # laid out for one size
         return {"img_size": image_size}
     return {}

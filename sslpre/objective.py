@@ -70,7 +70,9 @@ class Objective(nn.Module):
     """A method. Subclasses are final; their `__init__(self, setup, ...)` takes the recipe's [method] table as keywords.
 
     All state that must survive is a parameter, buffer or submodule made in `__init__`. `loss` never writes a buffer: it
-    leaves the value in a plain attribute and `after_step` writes it, so a step that is not taken touches nothing.
+    leaves the value in a plain attribute and `after_step` writes it, so a step not taken touches nothing. Where a batch
+    comes in parts (`train.micro_batch`), `loss` runs once a part before `after_step` runs once: gather values in
+    a list, and let `after_step` reduce and empty it.
     """
 
     views: ClassVar[range] = range(1, 2)  # how many views a recipe may give

@@ -22,7 +22,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: a string or a boolean is no number. Values pass through JSON, where a list may be a tuple.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class View(Table):
@@ -123,7 +124,8 @@ def load(name: str, settings: Iterable[str] = (), overrides: Mapping[str, Mappin
     for setting in settings:
         apply_setting(plain, setting)
     for table, keys in (overrides or {}).items():
-        plain.setdefault(table, {}).update(keys)
+        if isinstance(plain.setdefault(table, {}), dict):  # else `parse` says what is wrong with it
+            plain[table].update(keys)
     return parse(plain, name)
 
 
@@ -132,7 +134,12 @@ def read(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         if not path.is_file():
             raise SslpreError(f"no recipe file `{name}`", "sslpre recipes lists the recipes that are built in")
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SslpreError(
+                f"recipe `{name}` cannot be read: {error}", "sslpre recipes simclr > mine.toml"
+            ) from error
     elif name in names():
         source = text(name)
     else:
@@ -178,7 +185,7 @@ def parse(plain: Mapping[str, Any], name: str) -> Recipe:
     mistakes: list[str] = []
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate(plain)
+        recipe = Recipe.model_validate_json(json.dumps(plain, default=str))
     except ValidationError as error:
         mistakes += explain(error, Recipe)
     method = plain.get("method")
@@ -199,11 +206,11 @@ def method_arguments(table: Mapping[str, Any]) -> dict[str, Any]:
 
     known = methods()
     name = table.get("name")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4) or sorted(known)
         raise SslpreError(f"no method `{name}`", f'write name = "{near[0]}" in the [method] table')
     rest = {key: value for key, value in table.items() if key != "name"}
-    return signature_model(str(name)).model_validate(rest).model_dump()
+    return signature_model(name).model_validate_json(json.dumps(rest, default=str)).model_dump()
 
 
 def signature_model(name: str) -> type[Table]:
@@ -222,11 +229,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     """Each mistake in words: where it is, what was found, what would be right; one line a place."""
     told: dict[str, str] = {}
     for one in error.errors():
-        path = [
-            str(part)
-            for part in one["loc"]
-            if not str(part).startswith(("literal[", "constrained-", "function-", "int", "float"))
-        ]
+        path = [str(part) for part in one["loc"] if not is_a_type(str(part))]
         where = prefix + ".".join(path)
         message = one["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
@@ -240,6 +243,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         else:
             told[where] = f"`{where} = {one.get('input')}`: {message}"
     return list(told.values())
+
+
+def is_a_type(part: str) -> bool:
+    """pydantic names the branch of a union in the place of a mistake: `int`, `constrained-int`, `literal['auto']`."""
+    return part in ("int", "float", "str") or part.startswith(("literal[", "constrained-", "function-"))
 
 
 def fields_at(model: type[BaseModel], loc: Iterable[Any]) -> list[str]:

@@ -31,7 +31,7 @@ def recipe_of(name, **tables):
     base = {
         "encoder": {"backbone": "test_resnet", "image_size": 32},
         "data": {"store_size": 64},
-        "optim": {"lr": 1e-3},
+        "optim": {"name": "adamw", "lr": 1e-3},
         "train": {"epochs": 2, "batch_size": 8, "precision": "fp32"},
     }
     merged = {table: base.get(table, {}) | tables.get(table, {}) for table in base | tables}
@@ -195,7 +195,7 @@ def test_micro_batches_are_the_batch(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_on_the_sample_set(name, tmp_path):
-    run = start(name, tmp_path, count=512, optim={"lr": 2e-3}, train={"epochs": 8, "batch_size": 64})
+    run = start(name, tmp_path, count=512, optim={"lr": 3e-3}, train={"epochs": 10, "batch_size": 32})
     first = copy.deepcopy(run.objective)
     loop.train(run)
     batches = [batch_of(run, epoch=100 + i) for i in range(2)]  # epochs it has not seen: other crops, other colours

@@ -101,6 +101,23 @@ def test_refusals(kwargs, message, hint):
     assert message in caught.value.message and hint in caught.value.hint and caught.value.code == 2
 
 
+@pytest.mark.parametrize("backbone, image_size", [("inception_v3", 32), ("levit_128", 64)])
+def test_a_size_that_the_network_cannot_take_is_told_before_training(backbone, image_size):
+    with pytest.raises(SslpreError, match=f"`{backbone}` cannot take {image_size} px: ") as caught:
+        build(backbone, image_size=image_size)
+    assert caught.value.hint.startswith("--image-size ") and caught.value.code == 2
+
+
+def test_a_pretrained_tag_is_not_swallowed():
+    with pytest.raises(SslpreError, match=r"`resnet18.a1_in1k` names pretrained weights") as caught:
+        build("resnet18.a1_in1k")
+    assert caught.value.hint == "--backbone resnet18"
+
+
+def test_networks_laid_out_for_one_size_are_laid_out_for_ours():
+    assert build("mixer_s32_224", image_size=64).model_args == {"img_size": 64}
+
+
 def test_vits_take_other_sizes_too():
     network = build("test_vit", image_size=32)
     assert network.model_args == {"img_size": 32, "dynamic_img_size": True}

@@ -29,6 +29,11 @@ def refused(*settings, name="simclr"):
         ("optim.lr=nan", "optim.lr"),
         ("train.epochs=0", "train.epochs"),
         ("train.epochs=1.5", "train.epochs"),
+        ("train.epochs='1'", "`train.epochs = 1`: input should be a valid integer or 'auto'"),
+        ("train.batch_size=true", "`train.batch_size = True`: input should be a valid integer"),
+        ("method.temperature=true", "method.temperature"),
+        ('method.name=["simclr"]', "no method"),
+        ("encoder.mean=[0.5]", "encoder.mean"),
         ("trains.epochs=1", "unknown key `trains`, did you mean `train`?"),
         ("views.0.croop=1", "unknown key `views.0.croop`"),
         ("views.0.crop_scale=[0.9, 0.1]", "`crop_scale` must rise, not `[0.9, 0.1]`"),
@@ -58,6 +63,12 @@ def test_unknown_recipe_and_file(tmp_path):
     (tmp_path / "x.toml").write_text("[method\n")
     with pytest.raises(SslpreError, match="is not TOML"):
         recipes.load(str(tmp_path / "x.toml"))
+    (tmp_path / "x.toml").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(SslpreError, match="cannot be read"):
+        recipes.load(str(tmp_path / "x.toml"))
+    (tmp_path / "x.toml").write_text('train = 5\n[method]\nname = "simclr"\n')
+    with pytest.raises(SslpreError, match="`train = 5`"):
+        recipes.load(str(tmp_path / "x.toml"), (), {"train": {"epochs": 3}})
 
 
 def test_settings_and_flags():

@@ -1,11 +1,14 @@
 """A run as a user lives it: its directory, killing and resuming it, what it refuses. Real processes and signals."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +18,7 @@ from sslpre import recipe as recipes
 from sslpre.errors import SslpreError
 from sslpre.train import checkpoint, loop
 from sslpre.train import run as runs
+from sslpre.train.announce import shorter
 from sslpre.train.runs import find_run
 
 SMALL = [
@@ -87,7 +91,7 @@ def test_what_a_run_leaves(pictures, tmp_path, monkeypatch, capsys):
     names = sorted(path.name for path in done.run.iterdir())
     assert names == ["checkpoints", "data.json", "encoder", "environment.json", "metrics.jsonl", "recipe.toml"]
     text = (done.run / "recipe.toml").read_text()
-    assert '"auto"' not in text.replace('stem = "auto"', "")
+    assert '"auto"' not in text
     lines = [json.loads(line) for line in (done.run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 12 and {"loss", "lr", "images_per_s", "waiting", "epoch"} <= lines[-1].keys()
     assert json.loads((done.run / "data.json").read_text())["images"] == 48
@@ -163,8 +167,6 @@ def test_resume_auto_starts_goes_on_and_is_done(pictures, tmp_path, monkeypatch,
 
 
 def test_resume_without_a_complete_checkpoint_starts_at_step_0(pictures, tmp_path, monkeypatch, capsys):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     run = runs.pretrain(options(pictures)).run
     expected = weights(run)
@@ -177,8 +179,6 @@ def test_resume_without_a_complete_checkpoint_starts_at_step_0(pictures, tmp_pat
 
 
 def test_resume_on_changed_images_is_refused(pictures, tmp_path, monkeypatch):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pictures, tmp_path / "own")
     run = runs.pretrain(options(tmp_path / "own")).run
@@ -243,8 +243,6 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(pictures, tm
 
 
 def test_a_bad_image_is_listed_and_too_many_stop_the_run(pictures, tmp_path, monkeypatch, capsys):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pictures, tmp_path / "own")
     for name in ("03.jpg", "17.jpg"):
@@ -274,3 +272,94 @@ def test_a_directory_that_holds_something_is_refused(pictures, tmp_path):
     with pytest.raises(SslpreError, match="mine` exists") as caught:
         runs.pretrain(options(pictures, out=tmp_path / "mine"))
     assert caught.value.code == 2 and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_an_own_empty_directory_and_a_link_to_one_stay_after_a_failed_start(pictures, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    tables = options(pictures).overrides | {"encoder": {"backbone": "test_resnet", "stem": "small", "image_size": 32}}
+    for out in ("mine", "link", "new"):
+        with pytest.raises(SslpreError, match="small stem"):
+            runs.pretrain(runs.Options("simclr", pictures, (), tables, out=tmp_path / out, device="cpu"))
+    assert sorted(os.listdir(tmp_path)) == ["link", "mine"] and not os.listdir(tmp_path / "mine")
+
+
+def test_resume_auto_with_another_wish_is_refused(pictures, tmp_path):
+    wanted = options(pictures, resume="auto", out=tmp_path / "x")
+    runs.pretrain(wanted)
+    others = [
+        dataclasses.replace(wanted, overrides=wanted.overrides | {"train": {"epochs": 50}}),
+        dataclasses.replace(wanted, settings=("method.temperature=0.7",)),
+        dataclasses.replace(wanted, images=tmp_path),
+        dataclasses.replace(wanted, recipe="simclr-cifar"),
+    ]
+    for other, key in zip(others, ("train.epochs", "method.temperature", "data.images", "method."), strict=True):
+        with pytest.raises(SslpreError, match=f"begun with another `{key}") as caught:
+            runs.pretrain(other)
+        assert caught.value.code == 6
+
+
+def test_an_edited_recipe_is_refused_and_max_bad_may_be_said_anew(pictures, tmp_path, monkeypatch):
+    shutil.copytree(pictures, tmp_path / "own")
+    run = runs.pretrain(options(tmp_path / "own", out=tmp_path / "x")).run
+    shutil.rmtree(run / "encoder")
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("batch_size = 8", "batch_size = 16"))
+    with pytest.raises(SslpreError, match="has changed since the checkpoint") as caught:
+        runs.pretrain(runs.Options(resume=str(run), device="cpu"))
+    assert caught.value.code == 6
+    (run / "recipe.toml").write_text(text)
+    again = runs.pretrain(runs.Options(resume=str(run), overrides={"data": {"max_bad": 0.5}}, device="cpu"))
+    assert again.summary["finished"] and recipes.load(str(run / "recipe.toml")).data.max_bad == 0.5
+
+
+def test_after_falling_back_the_damaged_one_is_not_one_of_the_two_kept(pictures, tmp_path, capsys):
+    run = runs.pretrain(options(pictures, out=tmp_path / "x")).run
+    newest = checkpoint.complete(run / "checkpoints")[0]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    expected = weights(run)
+    shutil.rmtree(run / "encoder")
+    runs.pretrain(runs.Options(resume=str(run), device="cpu", workers=1))
+    assert "is damaged" in capsys.readouterr().err
+    assert all(torch.equal(expected[k], v) for k, v in weights(run).items())
+    for path in checkpoint.complete(run / "checkpoints"):
+        checkpoint.load(path)
+
+
+def test_a_batch_of_one_is_refused_where_images_are_compared(pictures, tmp_path):
+    tables = options(pictures).overrides | {"train": {"batch_size": 1, "epochs": 1}}
+    with pytest.raises(SslpreError, match="`1` leaves simclr nothing to compare") as caught:
+        runs.pretrain(runs.Options("simclr", pictures, (), tables, out=tmp_path / "x", device="cpu"))
+    assert caught.value.hint == "--batch-size 6" and not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow the name")
+def test_a_folder_whose_name_is_not_utf8_is_told(pictures, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/w\xff")
+    shutil.copytree(pictures, odd)
+    with pytest.raises(SslpreError, match="is not UTF-8") as caught:
+        runs.pretrain(options(Path(odd), out=tmp_path / "x"))
+    assert caught.value.code == 4
+
+
+def test_a_long_run_on_a_cpu_is_told_what_to_type_instead():
+    recipe = recipes.load(
+        "simclr", (), {"encoder": {"backbone": "resnet50", "image_size": 224}, "train": {"epochs": 100}}
+    )
+    assert shorter(recipe, 20 * 3600) == "for about 2.0 h type: sslpre pretrain simclr --epochs 10"
+    assert "--backbone test_resnet --image-size 32 --epochs 1" in shorter(recipe, 900 * 3600)
+    light = recipe.edit(encoder={"backbone": "test_resnet", "image_size": 32})
+    assert "a part of the images" in shorter(light, 900 * 3600)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_saves_plain_names_and_resumes(pictures, tmp_path):
+    tables = options(pictures).overrides
+    tables = tables | {"train": tables["train"] | {"compile": True}}
+    run = runs.pretrain(runs.Options("simclr", pictures, (), tables, out=tmp_path / "x", device="cpu")).run
+    assert not any("_orig_mod" in name for name in checkpoint.newest(run).model)
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    shutil.rmtree(run / "encoder")
+    assert runs.pretrain(runs.Options(resume=str(run), device="cpu")).summary["step"] == 12

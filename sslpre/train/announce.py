@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import shlex
 import time
 
 import torch
 
+from sslpre.data import BadImage
+from sslpre.data.decode import to_canvas
 from sslpre.data.find import Found
+from sslpre.data.stream import Pixels, Stream
 from sslpre.recipe import Recipe
 from sslpre.train import device
 from sslpre.train.loop import Run
@@ -48,43 +54,73 @@ def announce(run: Run, wanted: Recipe, found: Found) -> None:
         f"device     {device.label(run.device)}, {shown('train', 'precision')}, {run.stream.workers} decoding threads; "
         f"images kept at {shown('data', 'store_size')} px"
     )
+    left_alone = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.skipped.items()))
+    if left_alone:
+        say(f"left alone {left_alone}")
     seconds = expected(run)
     say(f"run        {run.folder}, about {duration(seconds)}")
     if run.device.type == "cpu" and seconds > PATIENCE:
-        say(f"hint: that is long for a CPU; {shorter(int(table.epochs), seconds)}")
+        say(f"hint: that is long for a CPU; {shorter(recipe, seconds)}")
 
 
-def shorter(epochs: int, seconds: float) -> str:
-    """What to type for a run of about two hours, or less where one epoch takes longer."""
-    fewer = max(1, int(epochs * PATIENCE / seconds))
-    words = f"for about {duration(seconds * fewer / epochs)} type --epochs {fewer}"
-    return words + ", or take a smaller network: --backbone test_resnet --image-size 64"
+def shorter(recipe: Recipe, seconds: float) -> str:
+    """What to type for a run of about two hours; where one epoch takes longer, what to type for a lighter network."""
+    images = f" {shlex.quote(recipe.data.images)}" if recipe.data.images else ""
+    command, epochs = f"sslpre pretrain {recipe.method['name']}{images}", int(recipe.train.epochs)
+    fewer = int(epochs * PATIENCE / seconds)
+    if fewer >= 1:
+        return f"for about {duration(seconds * fewer / epochs)} type: {command} --epochs {fewer}"
+    if (recipe.encoder.backbone, recipe.encoder.image_size) != ("test_resnet", 32):
+        return f"one epoch alone takes longer; type: {command} --backbone test_resnet --image-size 32 --epochs 1"
+    return "one epoch alone takes longer; train on a part of the images"
 
 
 def expected(run: Run) -> float:
     """Seconds the run will take, from a few images decoded, drawn and learned from by a copy of the encoder."""
+    stream, table = run.stream, run.recipe.train
+    most = min(stream.batch_size, table.micro_batch or stream.batch_size, 256)
+    few = Stream(
+        stream.source,
+        side=stream.side,
+        batch_size=most,
+        seed=table.seed,
+        workers=stream.workers,
+        device=run.device,
+        bad=stream.bad,
+    )
+    some = next(few.in_order())
+    count, spent = 1, 0.0
+    while spent < 1 and (count < len(some.index) or not spent):  # the first rounds warm up memory, kernels, threads
+        count = min(4 * count, len(some.index))
+        spent = learning(run, some, count)
+    learned, decoded = spent / count, decoding(stream)
+    images = (run.steps - run.step) * stream.batch_size
+    return images * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
+
+
+def learning(run: Run, some: Pixels, count: int) -> float:
+    """Seconds for views, forward and backward of the first `count` images of a batch; nothing of the run changes."""
     network = copy.deepcopy(run.objective.encoder)
     network.chunk = 0
     network.train()
     begun = time.monotonic()
-    some = next(run.stream.in_order())
-    decoding = (time.monotonic() - begun) / len(some.index)
-    sides = run.views.sides
-    count, per_image = 4, 0.0
-    while True:
-        count = min(count, len(some.index))
+    views = run.views(some.pixels[:count], some.size[:count], some.index[:count], 0)
+    for side in sorted(set(run.views.sides)):  # views of one size go through together, as methods send them
+        part = torch.cat([view for view in views if view.shape[-1] == side])
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16"):
+            loss = network(part.contiguous(memory_format=torch.channels_last)).float().square().mean()
+        loss.backward()
+        loss.item()  # waits for the device
+    return time.monotonic() - begun
+
+
+def decoding(stream: Stream, count: int = 8) -> float:
+    """Seconds to decode one image when all threads are at it; bad images cost nothing."""
+    spent = 0.0
+    for _ in range(2):  # the second time they come from the page cache, as mostly in training
         begun = time.monotonic()
-        views = run.views(some.pixels[:count], some.size[:count], some.index[:count], 0)
-        for side in set(sides):  # views of one size go through together, as methods send them
-            part = torch.cat([view for view in views if view.shape[-1] == side])
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16"):
-                loss = network(part.contiguous(memory_format=torch.channels_last)).float().square().mean()
-            loss.backward()
-            loss.item()  # waits for the device
+        for i in range(min(count, len(stream.source))):
+            with contextlib.suppress(BadImage):
+                to_canvas(stream.source.read(i, stream.side), stream.side)
         spent = time.monotonic() - begun
-        per_image = spent / count
-        if spent > 1 or count == len(some.index):
-            break
-        count *= 4
-    images = (run.steps - run.step) * len(some.index)
-    return images * (per_image + decoding if run.device.type == "cpu" else max(per_image, decoding))
+    return spent / count / max(1, min(stream.workers, os.cpu_count() or 1))

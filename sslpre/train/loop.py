@@ -26,7 +26,7 @@ from sslpre.train.progress import Display, Meter
 from sslpre.train.runs import write_text
 from sslpre.views.build import Views, centre
 
-LOG_STEPS = 20
+LOG_STEPS, LOG_SECONDS = 20, 10.0  # whichever comes first
 
 
 @dataclass
@@ -86,7 +86,7 @@ def train(run: Run) -> dict[str, float]:
             take_step(run, pixels, epoch)
             meter.add(len(pixels.index), run.stream.waited)
             display.step(run.step)
-            if run.step % LOG_STEPS == 0 or run.step == run.steps:
+            if run.step % LOG_STEPS == 0 or run.step == run.steps or time.monotonic() - meter.since > LOG_SECONDS:
                 write_metrics(run, log, display, meter, epoch)
             if stop() or run.step % an_epoch == 0 or time.monotonic() - saved_at > 60 * minutes:
                 save(run, meter)
@@ -132,13 +132,15 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
         run.objective.zero_grad(set_to_none=True)
         for batch, game in zip(batches, games, strict=True):
             with precision:
-                loss = next(game)
+                loss = next(game, None)
+            if loss is None:
+                raise TypeError(f"rounds() gave no loss for player {player}")
             part = len(batch.index) / len(pixels.index)
             (part * loss.value).backward()
             prefix = f"{player}." if len(run.optimisers) > 1 else ""
             for name, term in {"loss": loss.value, **loss.terms}.items():
                 add(run.sums, prefix + name, part * term.detach().float())
-        refuse_nonfinite(run, optimiser, run.sums[f"{prefix}loss"])
+        refuse_nonfinite(run, optimiser)
         optimiser.step()
     for game in games:
         if next(game, None) is not None:
@@ -152,9 +154,8 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
 def micro_batches(run: Run, pixels: Pixels, epoch: int, progress: float) -> Iterator[Batch]:
     """The batch in parts that fit: one part for a loss that couples its images (the encoder then runs in chunks)."""
     size = run.recipe.train.micro_batch
+    index, label = sent(pixels.index, run.device), sent(run.labels[pixels.index], run.device)
     views = run.views(pixels.pixels, pixels.size, pixels.index, epoch)
-    label = run.labels[pixels.index].to(run.device, non_blocking=True)
-    index = pixels.index.to(run.device, non_blocking=True)
     if not size or run.objective.couples:
         size = len(pixels.index)
     for start in range(0, len(pixels.index), size):
@@ -163,12 +164,18 @@ def micro_batches(run: Run, pixels: Pixels, epoch: int, progress: float) -> Iter
         yield Batch(shown, index[part], label[part], progress, run.recipe.train.seed, epoch)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a copy from memory that is not pinned would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
     sums[name] = sums[name] + term if name in sums else term
 
 
-def refuse_nonfinite(run: Run, optimiser: Optimizer, loss: Tensor) -> None:
+def refuse_nonfinite(run: Run, optimiser: Optimizer) -> None:
     """Stop before the step, with nothing touched. The one place where the host waits for the device."""
+    loss = torch.stack(list(run.sums.values())).sum()  # each logged term too
     grads = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=loss.device)
     if bool(torch.isfinite(loss + norm)):
@@ -190,7 +197,7 @@ def write_metrics(run: Run, log: TextIO, display: Display, meter: Meter, epoch: 
     run.summed = 0
     figures["lr"] = next(iter(run.optimisers.values())).param_groups[0]["lr"]
     figures |= {key: round(number, 4) for key, number in meter.lap().items()}
-    log.write(json.dumps(figures) + "\n")
+    log.write(json.dumps(figures, allow_nan=False) + "\n")
     log.flush()
     shown = (
         figures if "loss" in figures else figures | {"loss": next(v for k, v in figures.items() if k.endswith("loss"))}

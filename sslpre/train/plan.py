@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sslpre.encoder import takes_small
 from sslpre.errors import SslpreError
 from sslpre.recipe import Recipe
 from sslpre.train.device import Facts
@@ -21,6 +22,7 @@ def resolve(recipe: Recipe, images: int, short_side: int, device: Facts) -> Reci
     encoder, train = recipe.encoder, recipe.train
     image_size = side(short_side, device) if encoder.image_size == "auto" else encoder.image_size
     backbone = network(images, image_size, device) if encoder.backbone == "auto" else encoder.backbone
+    stem = "small" if takes_small(backbone, encoder.stem, image_size) else "timm"
     if train.batch_size == "auto" and images < FEWEST:
         raise SslpreError(
             f"`{images}` images are too few to train on", f"sslpre needs {FEWEST}, and learns from 5,000 up", 4
@@ -29,11 +31,11 @@ def resolve(recipe: Recipe, images: int, short_side: int, device: Facts) -> Reci
     if batch > images:
         raise SslpreError(
             f"batch size `{batch}` is larger than the data set: {images} images, no step would run",
-            f"--batch-size {max(1, images // 8)}",
+            f"--batch-size {max(2, images // 8)}",
         )
     largest = max(view.size or image_size for view in recipe.views)
     chosen: dict[str, dict[str, Any]] = {
-        "encoder": {"image_size": image_size, "backbone": backbone},
+        "encoder": {"image_size": image_size, "backbone": backbone, "stem": stem},
         "data": {
             "store_size": store_side(largest, short_side)
             if recipe.data.store_size == "auto"
@@ -42,7 +44,7 @@ def resolve(recipe: Recipe, images: int, short_side: int, device: Facts) -> Reci
         "optim": {"lr": learning_rate(recipe.optim.name, batch) if recipe.optim.lr == "auto" else recipe.optim.lr},
         "train": {
             "batch_size": batch,
-            "epochs": epochs(images, device) if train.epochs == "auto" else train.epochs,
+            "epochs": epochs(images, image_size, device) if train.epochs == "auto" else train.epochs,
             "precision": ("bf16" if device.bf16 else "fp32") if train.precision == "auto" else train.precision,
         },
     }
@@ -64,7 +66,7 @@ def network(images: int, image_size: int, device: Facts) -> str:
 
 def batch_size(images: int, image_size: int, device: Facts) -> int:
     """The largest power of two up to an eighth of the images, and up to what the device takes in one piece."""
-    most = 256
+    most = 64 if device.kind == "cpu" else 256  # on a CPU a step costs by the image, so small steps learn more an hour
     if device.kind == "cuda" and device.memory >= 16:
         most = 1024 if image_size <= 64 else 512 if device.memory >= 40 else 256
     return 2 ** int(math.log2(min(most, images / 8)))
@@ -84,7 +86,8 @@ def learning_rate(optimiser: str, batch: int) -> float:
     return round(1e-3 * math.sqrt(batch / 256), 8)
 
 
-def epochs(images: int, device: Facts) -> int:
-    """So many that the network sees a fixed number of images, within bounds."""
-    seen, fewest, most = (160_000, 5, 100) if device.kind == "cpu" else (20_000_000, 30, 800)
-    return min(most, max(fewest, round(seen / images)))
+def epochs(images: int, image_size: int, device: Facts) -> int:
+    """So many that the network sees a fixed number of images (on a CPU: of pixels, minutes of work), within bounds."""
+    if device.kind == "cpu":
+        return min(100, max(5, round(100_000 * (64 / image_size) ** 2 / images)))
+    return min(800, max(30, round(20_000_000 / images)))

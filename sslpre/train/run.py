@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,8 +29,13 @@ from sslpre.recipe import Recipe
 from sslpre.train import checkpoint, device, loop, optim, plan
 from sslpre.train.announce import announce
 from sslpre.train.progress import duration, say
-from sslpre.train.runs import find_run, is_run, new_run, write_text
+from sslpre.train.runs import discard, find_run, is_run, new_run, write_text
 from sslpre.views.build import Views
+
+HEADER = f"""Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:
+sslpre pretrain THIS-FILE"""
+# Keys that may differ between the parts of a run: they change what it bears and saves, not what it computes.
+FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes",)}
 
 
 @dataclass(frozen=True)
@@ -60,25 +67,51 @@ def pretrain(options: Options) -> Finished:
 
 
 def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
+    """An old run as it was begun; only how many bad images it bears may be said anew."""
     recipe = recipes.load(str(folder / "recipe.toml"))
+    if options.recipe is not None:
+        refuse_other(recipe, wish(options), folder)
+    if "max_bad" in options.overrides.get("data", {}):
+        recipe = recipe.edit(data={"max_bad": options.overrides["data"]["max_bad"]})
+        write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     run = build(folder, recipe, load_data(recipe), where, options)
     go_on(run)
     return finish(run, resumed=True)
+
+
+def wish(options: Options) -> Recipe:
+    """The recipe as typed: its file, then `--set`, then flags, then IMAGES."""
+    assert options.recipe is not None
+    recipe = recipes.load(options.recipe, options.settings, options.overrides)
+    return recipe if options.images is None else recipe.edit(data={"images": os.path.abspath(options.images)})
+
+
+def refuse_other(recipe: Recipe, wanted: Recipe, folder: Path) -> None:
+    """`--resume auto` with a recipe asks for that recipe: a run that was begun with another is not gone on with."""
+    ours, theirs = recipe.model_dump(), wanted.model_dump()
+    for table, keys in theirs.items():
+        if table == "views":
+            differ = ["views"] if keys != ours["views"] else []
+        else:
+            free = FREE.get(table, ())
+            differ = [
+                f"{table}.{k}" for k, v in keys.items() if v != "auto" and k not in free and v != ours[table].get(k)
+            ]
+        if differ:
+            hint = f"type what it was begun with ({folder / 'recipe.toml'}), or name another --out"
+            raise SslpreError(f"`{folder}` was begun with another `{differ[0]}`", hint, 6)
 
 
 def start(options: Options, where: torch.device) -> Finished:
     """A new run in a directory of its own, which is removed again if not even one step is taken."""
     if options.recipe is None:
         raise SslpreError("no recipe named", "sslpre pretrain simclr ./images")
-    wanted = recipes.load(options.recipe, options.settings, options.overrides)
-    if options.images is not None:
-        wanted = wanted.edit(data={"images": str(options.images)})
-    found = load_data(wanted)
-    if wanted.data.images:  # the run's recipe.toml must find them from any directory
-        wanted = wanted.edit(data={"images": os.path.abspath(wanted.data.images)})
+    refuse_nameless(options.images)
+    wanted = wish(options)  # with an absolute path, so that the run's recipe.toml finds the images from anywhere
+    found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
     recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where))
     stem = Path(options.recipe).stem
-    folder = new_run(str(recipe.method["name"]) if stem == "recipe" else stem, options.out)
+    folder, made = new_run(str(recipe.method["name"]) if stem == "recipe" else stem, options.out)
     run: loop.Run | None = None
     try:
         run = build(folder, recipe, found, where, options)
@@ -87,8 +120,19 @@ def start(options: Options, where: torch.device) -> Finished:
         return finish(run)
     except BaseException:
         if run is None or run.step == 0:  # failed before its first step: leave nothing behind
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder, made)
         raise
+
+
+def refuse_nameless(images: Path | None) -> None:
+    """A recipe is UTF-8 text, so the folder it names must have a name that is."""
+    try:
+        str(images).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = str(images).encode("utf-8", "backslashreplace").decode()
+        raise SslpreError(
+            f"the name of `{shown}` is not UTF-8", "rename the folder, or make a link to it", 4
+        ) from error
 
 
 def to_resume(options: Options) -> Path | None:
@@ -128,17 +172,22 @@ def build(folder: Path, recipe: Recipe, found: Found, where: torch.device, optio
             f"recipe gives `{len(views.sides)}` views, {recipe.method['name']} takes {wanted}",
             "see copies in [[views]]: --set views.0.copies=2",
         )
-    torch.set_float32_matmul_precision("high")
+    if method.couples and table.batch_size < 2:
+        raise SslpreError(
+            f"batch size `{table.batch_size}` leaves {recipe.method['name']} nothing to compare",
+            f"--batch-size {max(2, len(found.train) // 8)}",
+        )
     loop.reseed(table.seed, "init")
     objective = (
         make_objective(recipe, len(found.train), len(found.train.classes), views.sides)
         .to(where)
         .to(memory_format=torch.channels_last)
     )
-    if objective.couples:
-        objective.encoder.chunk = table.micro_batch * len(views.sides)
-    if table.compile:
-        objective.encoder.model.compile()
+    for network in objective.modules():
+        if isinstance(network, Encoder):
+            network.chunk = table.micro_batch * len(views.sides) if objective.couples else 0
+            if table.compile:
+                network.model.compile()
     bad = BadList(folder / "bad_images.jsonl", data.max_bad, len(found.train))
     workers = options.workers if options.workers is not None else min(16, os.cpu_count() or 1)
     stream = Stream(
@@ -151,7 +200,14 @@ def build(folder: Path, recipe: Recipe, found: Found, where: torch.device, optio
         bad=bad,
     )
     labels = torch.from_numpy(found.train.labels).long() if method.needs_labels else torch.full((len(found.train),), -1)
-    facts = {"data": found.train.fingerprint, "sslpre": sslpre.__version__, "torch": torch.__version__}
+    facts = {
+        "data": found.train.fingerprint,
+        "images": len(found.train),
+        "classes": len(found.train.classes),
+        "recipe": digest(recipe),
+        "sslpre": sslpre.__version__,
+        "torch": torch.__version__,
+    }
     optimisers = optim.build(objective, recipe.optim, where)
     return loop.Run(folder, recipe, objective, optimisers, stream, views, labels, where, facts)
 
@@ -188,9 +244,18 @@ def go_on(run: loop.Run) -> None:
     if saved.state["data"] != run.facts["data"]:
         raise SslpreError(
             f"the images of `{run.folder}` have changed since its checkpoint",
-            "restore them, or start a new run: sslpre pretrain " + str(run.folder / "recipe.toml"),
+            "restore them, or start a new run: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
             6,
         )
+    if saved.state["recipe"] != run.facts["recipe"]:
+        raise SslpreError(
+            f"`{run.folder / 'recipe.toml'}` has changed since the checkpoint",
+            "put it back, or start a new run with it: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
+            6,
+        )
+    for path in (run.folder / "checkpoints").glob("step-*"):
+        if path.name > saved.path.name:  # damaged, and said so: it must not pass for one of the two that are kept
+            shutil.rmtree(path)
     for key in ("sslpre", "torch"):
         if saved.state[key] != run.facts[key]:
             say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
@@ -208,7 +273,7 @@ def finish(run: loop.Run, resumed: bool = False) -> Finished:
     try:
         figures = loop.train(run)
     except loop.Interrupted:
-        hint = f"sslpre pretrain --resume {run.folder}"
+        hint = f"sslpre pretrain --resume {shlex.quote(str(run.folder))}"
         raise SslpreError(
             f"interrupted: `{run.folder}` is saved at step {run.step} of {run.steps}", hint, 130
         ) from None
@@ -234,6 +299,15 @@ def finish(run: loop.Run, resumed: bool = False) -> Finished:
     return Finished(run.folder, run.recipe, summary)
 
 
+def digest(recipe: Recipe) -> str:
+    """A hash of all that a run computes with; not of where the images lie, which their fingerprint tells."""
+    plain = recipe.model_dump()
+    for table, keys in (FREE | {"data": ("max_bad", "images")}).items():
+        for key in keys:
+            plain[table].pop(key)
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def facts_of(recipe: Recipe, network: Encoder, step: int, fingerprint: str) -> dict[str, str]:
     """An encoder's metadata, all strings: what is needed to open it, and where it comes from."""
     return {
@@ -256,20 +330,18 @@ def open_run(folder: Path, where: torch.device) -> tuple[Encoder, Recipe, dict[s
     recipe = recipes.load(str(folder / "recipe.toml"))
     saved = checkpoint.newest(folder)
     if saved is None:
-        raise SslpreError(f"no complete checkpoint in `{folder}`", f"sslpre pretrain --resume {folder}", 5)
+        raise SslpreError(
+            f"no complete checkpoint in `{folder}`", f"sslpre pretrain --resume {shlex.quote(str(folder))}", 5
+        )
     assert recipe.encoder.image_size != "auto"
     sides = Views(recipe.views, recipe.encoder.image_size, recipe.train.seed).sides
-    facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    objective = make_objective(recipe, facts["images"], len(facts["classes"]), sides)
+    objective = make_objective(recipe, saved.state["images"], saved.state["classes"], sides)
     checkpoint.load_model(objective, saved.model)
     network = objective.encoder.to(where)
     return network, recipe, facts_of(recipe, network, saved.state["step"], saved.state["data"])
 
 
 def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
-    header = f"Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:"
-    header += "\nsslpre pretrain THIS-FILE"
-    write_text(run.folder / "recipe.toml", recipes.write(run.recipe, header))
     data = {
         "where": found.train.where,
         "images": len(found.train),
@@ -290,3 +362,4 @@ def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
         **{name: version(name) for name in packages},
     }
     write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+    write_text(run.folder / "recipe.toml", recipes.write(run.recipe, HEADER))  # last: it makes the directory a run

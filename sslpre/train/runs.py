@@ -1,6 +1,8 @@
 """Run directories: where they lie and what they are called. Imports nothing heavy."""
 
 import os
+import shlex
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,18 +33,21 @@ def known_runs() -> str:
     return "runs here: " + ", ".join(runs[-5:]) if runs else "sslpre pretrain simclr ./images"
 
 
-def new_run(recipe_name: str, out: Path | None) -> Path:
-    """Make the run's directory: `out`, or the next free `runs/<recipe>-<n>`. An `out` that holds anything: exit 2."""
+def new_run(recipe_name: str, out: Path | None) -> tuple[Path, bool]:
+    """The run's directory, `out` or the next free `runs/<recipe>-<n>`, and whether it was made just now.
+
+    An `out` that holds anything: exit 2; one that cannot be made: exit 3.
+    """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise SslpreError(
-                f"`{out}` exists", f"name another --out, or go on with it: sslpre pretrain --resume {out}"
-            )
+            again = f", or go on with it: sslpre pretrain --resume {shlex.quote(str(out))}" if is_run(out) else ""
+            raise SslpreError(f"`{out}` exists", f"name another --out{again}")
+        made = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SslpreError(f"cannot make `{out}`: {error.strerror}", "name another --out", 3) from error
-        return out
+        return out, made
     try:
         ROOT.mkdir(exist_ok=True)
         number = 1 + max((numbered(path.name, recipe_name) for path in ROOT.iterdir()), default=0)
@@ -50,11 +55,22 @@ def new_run(recipe_name: str, out: Path | None) -> Path:
             path = ROOT / f"{recipe_name}-{number}"
             try:
                 path.mkdir()  # two runs started together get two numbers
-                return path
+                return path, True
             except FileExistsError:
                 number += 1
     except OSError as error:
         raise SslpreError(f"cannot make a run in `{ROOT}/`: {error.strerror}", "name a writable --out", 3) from error
+
+
+def discard(folder: Path, made: bool) -> None:
+    """Take back a run's directory: what is in it, and itself if it was made for the run."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if made:
+        folder.rmdir()
 
 
 def numbered(name: str, recipe_name: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,13 +41,33 @@ def export(encoder: Encoder, facts: dict[str, str], out: Path) -> list[str]:
 
     `out` ends in `.safetensors`: one file of timm's own keys. Else a folder of model.safetensors and config.json, also
     for `num_classes=N` and `features_only=True`. facts: metadata, added to what the encoder itself knows.
-    Raises SslpreError: exit 2 if `out` exists or cannot be written as asked, 10 for weights that are not finite, 1 if
-    the proof fails; nothing is left behind then.
+    Raises SslpreError: exit 2 if `out` exists or is of another kind, 3 if it cannot be written, 10 for weights that are
+    not finite, 1 if the proof fails; nothing is left behind then.
     """
     if out.exists() or out.is_symlink():
         raise SslpreError(f"`{out}` exists", "name another OUT, or remove it first")
     if out.suffix.lower() in FOREIGN and out.suffix != ".safetensors":
-        raise SslpreError(f"cannot write `{out.suffix}` files", f"sslpre export {out.with_suffix('.safetensors')}")
+        plain = shlex.quote(str(out.with_suffix(".safetensors")))
+        raise SslpreError(f"cannot write `{out.suffix}` files", f"sslpre export {plain}")
+    lines = usage(encoder, out)
+    missing = [parent for parent in out.parents if not parent.exists()]  # the deepest first
+    try:
+        write(encoder, facts, out)
+        try:
+            prove(encoder, lines, out)
+        except BaseException:  # Ctrl-C too: what is not proven does not stay
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+            raise
+    except BaseException:
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+    return lines
+
+
+def write(encoder: Encoder, facts: dict[str, str], out: Path) -> None:
+    """Write the encoder to `out` and make the folders above it. Raises SslpreError as `export`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".safetensors":
@@ -54,15 +75,8 @@ def export(encoder: Encoder, facts: dict[str, str], out: Path) -> list[str]:
         else:
             write_folder(encoder, facts, out)
     except OSError as error:
-        hint = "name an OUT in a folder that you can write to"
-        raise SslpreError(f"cannot write `{out}`: {(error.strerror or 'unknown reason').lower()}", hint) from error
-    lines = usage(encoder, out)
-    try:
-        prove(encoder, lines, out)
-    except BaseException:  # Ctrl-C too: what is not proven does not stay
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
-        raise
-    return lines
+        hint = "name an OUT in a folder that you can write to, with enough space"
+        raise SslpreError(f"cannot write `{out}`: {(error.strerror or 'unknown reason').lower()}", hint, 3) from error
 
 
 def write_file(encoder: Encoder, facts: dict[str, str], out: Path) -> None:

@@ -96,13 +96,15 @@ def child() -> dict[str, str]:
 
 @pytest.fixture
 def run_process(tmp_path: Path, child: dict[str, str]) -> Callable[..., Done]:
-    """Run `python -m sslpre` in a process of its own, in an empty directory: `run_process("recipes", NO_COLOR="1")`."""
+    """Run `python -m sslpre` in a process of its own, in an empty directory: `run_process("recipes", NO_COLOR="1")`.
 
-    def run(*words: str | Path, **environment: str) -> Done:
+    patience: seconds; an empty environment variable is taken out.
+    """
+
+    def run(*words: str | Path, patience: float = 300, **environment: str) -> Done:
         command = [sys.executable, "-m", "sslpre", *map(str, words)]
-        done = subprocess.run(
-            command, cwd=tmp_path, env={**child, **environment}, capture_output=True, text=True, timeout=300
-        )
+        variables = {name: value for name, value in {**child, **environment}.items() if environment.get(name) != ""}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=patience)
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,11 @@ def test_version(run_cli):
             "write --epochs 20, or --epochs auto",
         ),
         ("pretrain simclr --seed auto", "`--seed auto` is not a whole number from 0 on", "write --seed 0"),
+        (
+            "pretrain simclr --seed 99999999999",
+            "`--seed 99999999999` is not a whole number from 0 to 2147483647",
+            "write --seed 0",
+        ),
         ("pretrain simclr --workers -1", "`--workers -1` is not a whole number from 0 on", "write --workers 4"),
         ("pretrain simclr --lr 0", "`--lr 0` is not a number above 0", "write --lr 0.1, or --lr auto"),
         ("pretrain simclr --lr nan", "`--lr nan` is not a number above 0", "write --lr 0.1, or --lr auto"),
@@ -124,15 +130,19 @@ def test_version(run_cli):
         ),
         (
             "pretrain --resume simclr-1 --backbone resnet18 --image-size 64 --batch-size 8 --lr 1 --seed 1 "
-            "--precision fp32 --compile --max-bad 1 --out x",
+            "--precision fp32 --compile --out x",
             "`--resume simclr-1` goes on with a run as it was begun, so `--out`, `--backbone`, `--image-size`, "
-            "`--batch-size`, `--lr`, `--seed`, `--precision`, `--compile`, `--max-bad` cannot be given",
+            "`--batch-size`, `--lr`, `--seed`, `--precision`, `--compile` cannot be given",
             "sslpre pretrain --resume simclr-1",
         ),
         ("pretrain --resume last", "no run in `runs/`", NEAR),
+        ("pretrain --resume last --max-bad 0.1", "no run in `runs/`", NEAR),
         ("pretrain --resume simclr-7", "no run `simclr-7`", NEAR),
         ("probe", "no run in `runs/`", NEAR),
         ("probe simclr-7 --linear", "no run `simclr-7`", NEAR),
+        ("probe m.safetensors", "there is no file `m.safetensors`", "sslpre export encoder.safetensors writes one"),
+        ("probe model.pth", "there is no file `model.pth`", "sslpre export encoder.safetensors writes one"),
+        ("probe --max-bad 3", "`--max-bad 3` is not a number between 0 and 1", "write --max-bad 0.01"),
         ("probe --lineer", "no option `--lineer` in `sslpre probe`", "did you mean --linear?"),
         ("probe --device tpu", "`--device tpu` is not one of auto, cpu, cuda, mps", "did you mean --device cpu?"),
         ("export", "OUT is missing", "sslpre export --help shows an example"),
@@ -156,11 +166,30 @@ def test_the_folder_in_the_recipes_place(run_cli, photos):
     )
 
 
+def test_hints_can_be_pasted(run_cli, tmp_path):
+    (tmp_path / "my photos").mkdir()
+    assert told(run_cli("pretrain", "my photos"))[1] == "sslpre pretrain simclr 'my photos'"
+    assert told(run_cli("simclr", "my photos"))[1] == "sslpre pretrain simclr 'my photos'"
+    assert told(run_cli("pretrain", "--resume", "my run", "--lr", "1"))[1] == "sslpre pretrain --resume 'my run'"
+    (tmp_path / "e $x.safetensors").write_bytes(b"")
+    assert told(run_cli("probe", "e $x.safetensors"))[1] == "sslpre probe 'e $x.safetensors' --data ./labelled"
+
+
 @pytest.mark.parametrize(
-    "words", [["pretrain", "simclr", ""], ["pretrain", "simclr", "--out", ""], ["probe", "--data", ""]]
+    ("words", "name"),
+    [
+        (["pretrain", ""], "RECIPE"),
+        (["pretrain", "simclr", ""], "IMAGES"),
+        (["pretrain", "simclr", "--out", ""], "--out"),
+        (["pretrain", "--resume", ""], "--resume"),
+        (["probe", ""], "RUN"),
+        (["probe", "--data", ""], "--data"),
+        (["export", ""], "OUT"),
+        (["export", "e.safetensors", "--run", ""], "--run"),
+    ],
 )
-def test_an_unset_variable_is_not_the_current_folder(run_cli, words):
-    assert told(run_cli(*words))[0].endswith("is an empty word")
+def test_an_unset_variable_is_not_the_current_folder(run_cli, words, name):
+    assert told(run_cli(*words))[0] == f"{name} is an empty word"
 
 
 def test_output_that_exists_is_left_alone(run_cli, tmp_path):
@@ -238,11 +267,67 @@ def test_debug_of_a_users_error(run_cli):
     assert done.err.splitlines()[-2:] == ["error: no recipe `simclrr`", f"hint: {NEAR}"]
 
 
-def test_ctrl_c(run_cli, monkeypatch):
-    broken(monkeypatch, KeyboardInterrupt())
-    error, hint = told(run_cli("recipes"), code=130)
+@pytest.mark.parametrize("verb", ["pretrain", "probe", "export"])
+def test_ctrl_c(run_cli, monkeypatch, verb):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    for where in ("pretrain.look", "probe.locate", "export.find_run"):
+        monkeypatch.setattr(f"sslpre.cli.{where}", stop)
+    error, hint = told(run_cli(verb, "simclr"), code=130)
     assert error == "interrupted"
-    assert "--resume last" in hint
+    assert ("--resume last" in hint) == (verb == "pretrain"), "only a pretraining run can be gone on with"
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (OSError(28, "No space left on device", "runs/a b"), "no space left on device: `runs/a b`", "free some space"),
+        (OSError(122, "Disk quota exceeded"), "disk quota exceeded", "free some space"),
+        (PermissionError(13, "Permission denied", b"r\xff"), "permission denied: `r\\udcff`", "permissions"),
+        (MemoryError(), "out of memory", "free some memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory",
+            "free some memory",
+        ),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\n"), "out of memory", "free some memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_mistake_of_ours(run_cli, monkeypatch, error, message, hint):
+    broken(monkeypatch, error)
+    monkeypatch.setattr("sslpre.cli.discard_output", lambda: None)  # stdout is pytest's
+    told_error, told_hint = told(run_cli("recipes"), code=3)
+    assert told_error == message
+    assert hint in told_hint
+
+
+def test_out_of_memory_while_pretraining_asks_for_a_smaller_batch(run_cli, monkeypatch):
+    def full(*arguments):
+        raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
+
+    monkeypatch.setattr("sslpre.cli.pretrain.look", full)
+    _, hint = told(run_cli("pretrain", "simclr"), code=3)
+    assert "--batch-size" in hint
+    assert "--set train.micro_batch=" in hint
+
+
+def test_an_error_of_a_library_is_not_called_the_machines(run_cli, monkeypatch):
+    broken(monkeypatch, OSError("a library says something"))
+    monkeypatch.setattr("sslpre.cli.discard_output", lambda: None)
+    assert told(run_cli("recipes"), code=1)[0] == "internal: OSError: a library says something"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout(child, tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sslpre", "recipes", "simclr"]
+        done = subprocess.run(command, cwd=tmp_path, env=child, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == [
+        "error: no space left on device",
+        "hint: free some space there, or write to another disk",
+    ]
 
 
 def test_an_error_without_a_hint_still_has_two_lines(run_cli, monkeypatch):

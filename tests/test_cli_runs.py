@@ -96,6 +96,11 @@ def test_on_the_sample_set_it_ends_by_probing_itself(run_cli, monkeypatch):
     assert {row["weights"] for row in report["rows"]} == {"encoder", "random weights", "raw pixels"}
 
 
+def test_a_name_with_a_blank_can_be_pasted(run_cli, photos):
+    done = run_cli("pretrain", "simclr", photos, *SMALL, "--out", "my run")
+    assert done.err.splitlines()[-2:] == ["next: sslpre probe 'my run' --linear", f"{NEXT}'my run'"]
+
+
 def test_probe_the_newest_run(run_cli, here):
     done = run_cli("probe", "--device", "cpu", "--workers", "1", "--json")
     assert done.code == 0, done.err
@@ -106,6 +111,61 @@ def test_probe_the_newest_run(run_cli, here):
     assert "linear %" in table.out
     assert "kNN %" not in table.out
     assert "\x1b" not in table.out + table.err
+
+
+def test_probe_says_first_what_it_probes(run_cli, here, photos):
+    words = ("--knn", "--device", "cpu", "--workers", "1")
+    done = run_cli("probe", *words, "--json")
+    assert done.err.splitlines()[:2] == [
+        "encoder    runs/simclr-1 at step 6: test_resnet, 32 px",
+        f"images     {photos}: 48 images",
+    ]
+    plain = json.loads(done.out)
+    facts = json.loads((here / "runs/simclr-1/data.json").read_text())
+    about = {"path": "runs/simclr-1", "step": 6, "architecture": "test_resnet", "image_size": 32}
+    assert plain.items() >= {**about, "data_fingerprint": facts["fingerprint"]}.items()
+    for split, which in (("train", "*[0-7].jpg"), ("val", "*[89].jpg")):
+        for path in photos.rglob(which):
+            (here / "split" / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, here / "split" / split / path.parent.name)
+    (here / "split" / "test").mkdir()
+    done = run_cli("probe", "runs/simclr-1/encoder", "--data", "split", *words, "--json")
+    assert done.err.splitlines()[:2] == [
+        "encoder    runs/simclr-1/encoder at step 6: test_resnet, 32 px",
+        "images     split/train: 42 images to train the probe with; split/val: 6 to test it with "
+        "(test/ holds no images)",
+    ]
+    assert json.loads(done.out).items() >= {**about, "path": "runs/simclr-1/encoder"}.items()
+
+
+SEEN = "the encoder was pretrained on the test images too, without their labels"
+
+
+def test_probe_says_where_the_test_images_were_pretrained_on(run_cli, here, photos):
+    words = ("--knn", "--device", "cpu", "--workers", "1")
+    assert f"\nnote: {SEEN}\n" in run_cli("probe", *words).out
+    same = here / "moved"
+    shutil.copytree(photos, same)
+    assert SEEN in json.loads(run_cli("probe", "--data", same, *words, "--json").out)["warnings"]
+    (same / "amber" / "00.jpg").unlink()
+    assert SEEN not in json.loads(run_cli("probe", "--data", same, *words, "--json").out)["warnings"]
+    shutil.copytree(photos, here / "split" / "test")
+    shutil.copytree(same, here / "split" / "train")
+    assert SEEN in json.loads(run_cli("probe", "--data", "split", *words, "--json").out)["warnings"]
+
+
+def test_the_allowance_of_bad_images_is_shared_by_both_parts(run_cli, here, photos):
+    for split in ("train", "test"):
+        shutil.copytree(photos, here / "split" / split)
+        (here / "split" / split / "amber" / "00.jpg").write_bytes(b"")
+        (here / "split" / split / "birch" / "01.jpg").write_bytes(b"")
+    words = ("probe", "--data", "split", "--knn", "--device", "cpu", "--workers", "1", "--max-bad")
+    error, hint = last_words(run_cli(*words, "0.04"), 20)  # of 96 images 3 may be bad
+    assert error == "4 of 96 images could not be read so far, above `--max-bad 0.04`"
+    assert hint == "remove those named above, or allow more: `--max-bad 0.09`"
+    done = run_cli(*words, "0.042")
+    assert done.code == 0, done.err
+    assert "note: 4 images could not be read and are left out" in done.out
 
 
 def test_probe_what_was_exported(run_cli, here, photos):
@@ -160,7 +220,7 @@ def test_a_finished_run_is_not_run_again(run_cli, here):
             "simclr {photos} --backbone resnet18d --set encoder.stem=small",
             2,
             "`resnet18d` cannot have a small stem",
-            "use --set encoder.stem=timm; small stems fit resnet101, resnet152, resnet18, resnet34",
+            "--set encoder.stem=timm; small stems fit resnet101, resnet152, resnet18, resnet34",
         ),
         (
             "simclr {photos} --batch-size 64",
@@ -184,7 +244,7 @@ def test_a_finished_run_is_not_run_again(run_cli, here):
             "simclr {photos} --out papers --backbone test_resnet --batch-size 8",
             2,
             "`papers` exists",
-            "name another --out, or go on with it: sslpre pretrain --resume papers",
+            "name another --out",
         ),
     ],
 )
@@ -239,8 +299,14 @@ def test_checkpoints_that_cannot_be_read(run_cli, here):
 
 def test_an_encoder_that_cannot_be_read(run_cli, photos, tmp_path):
     (tmp_path / "e.safetensors").write_bytes(b"nonsense")
-    error, _ = last_words(run_cli("probe", "e.safetensors", "--data", photos, "--knn"), 5)
-    assert error.startswith("`e.safetensors` cannot be read")
+    (tmp_path / "model.pth").write_bytes(b"nonsense")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"nonsense")
+    for name, why in (("e.safetensors", "cannot be read"), ("model.pth", "may hold a pickle"), ("bare", "cannot be")):
+        error, _ = last_words(run_cli("probe", name, "--data", photos, "--knn"), 5)
+        assert why in error
+    assert "may hold a pickle" in last_words(run_cli("probe", "model.pth"), 5)[0]
+    assert "does not say which images" in last_words(run_cli("probe", "bare"), 2)[0]
 
 
 def test_probe_without_a_folder(run_cli, here):

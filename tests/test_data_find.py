@@ -210,21 +210,64 @@ def test_split(tmp_path, test):
     assert found.note == f"using train/ only; {test}/ is left for probe"
 
 
-def test_test_goes_before_val_and_an_empty_one_is_none(tmp_path):
+def test_test_goes_before_val(tmp_path):
     make(tmp_path, "train/a.jpg", "val/b.jpg", "test/c.jpg")
     assert find(tmp_path).test.where.endswith("/test")
-    (tmp_path / "test/c.jpg").unlink()
+    make(tmp_path, *(f"{split}/{c}/{i}.jpg" for split in ("train", "val", "test") for c in "ab" for i in range(5)))
+    found = find(tmp_path)
+    assert found.test.where.endswith("/test")
+    assert (found.note, found.passed_over) == ("using train/ only; test/ is left for probe", "")
+
+
+@pytest.mark.parametrize("flat", [(), ("test/1.jpg", "test/2.jpg"), ("test/unknown/1.jpg",)])
+def test_the_test_split_is_the_first_with_known_labels(tmp_path, flat):
+    """The layout of ImageNet: validation images with labels, test images without."""
+    make(tmp_path, *(f"{split}/{c}/{i}.jpg" for split in ("train", "val") for c in "ab" for i in range(5)), *flat)
+    (tmp_path / "test").mkdir(exist_ok=True)
+    found = find(tmp_path)
+    assert found.test.where == f"{tmp_path}/val"
+    assert found.test.labels.tolist() == [0] * 5 + [1] * 5
+    assert found.passed_over == ("test/ holds no labels of train/" if flat else "test/ holds no images")
+    assert found.note == f"using train/ only; val/ is left for probe; {found.passed_over}"
+    assert len(found.train) == 10
+
+
+def test_without_labels_the_test_split_is_the_first_with_images(tmp_path):
+    make(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(5)), "test/x.npy", "valid/1.jpg", "val/2.jpg")
+    found = find(tmp_path)
+    assert found.test.where == f"{tmp_path}/val"
+    assert found.note == "using train/ only; val/ is left for probe; test/ holds no images"
+    for name in ("valid/1.jpg", "val/2.jpg"):
+        (tmp_path / name).unlink()
     found = find(tmp_path)
     assert found.test is None
-    assert found.note == "using train/ only; test/ holds no images"
+    assert found.note == "using train/ only; test/ holds no images; val/ holds no images; valid/ holds no images"
+    assert found.skipped == {".npy": 1}
 
 
 def test_train_alone_is_the_root(tmp_path):
     found = find(make(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(5))))
     assert found.train.classes == ["a", "b"]
     assert found.test is None
-    make(tmp_path, "other/x.jpg")  # now `train` is one folder among others
+    make(tmp_path, "other/deep/x.jpg")  # now `train` is one folder among others
     assert len(find(tmp_path).train) == 11
+    (tmp_path / "other/deep/x.jpg").rename(tmp_path / "x.jpg")
+    assert len(find(tmp_path).train) == 11
+
+
+def test_what_a_run_leaves_beside_train_does_not_change_the_data(tmp_path):
+    make(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(5)))
+    before = find(tmp_path)
+    make(tmp_path, "runs/simclr-1/recipe.toml", "runs/simclr-1/metrics.jsonl", "runs/simclr-1/views.png", "README.md")
+    make(
+        tmp_path, "enc/config.json", "mine/recipe.toml", "mine/checkpoints/1/a.jpg", ".cache/a.jpg", "LICENSE", ".a.jpg"
+    )
+    (tmp_path / "again").symlink_to(tmp_path / "train")
+    (tmp_path / "up").symlink_to(tmp_path)
+    after = find(tmp_path)
+    assert after.train.fingerprint == before.train.fingerprint
+    assert after.train.labels.tolist() == before.train.labels.tolist() == [0] * 5 + [1] * 5
+    assert (after.train.classes, after.train.where) == (["a", "b"], f"{tmp_path}/train")
 
 
 # ---------------------------------------------------------------- errors

@@ -298,6 +298,18 @@ def test_bad_images_are_reported_in_the_order_of_batches(workers, tmp_path):
     assert len(got) == order(400, 0, 0).tolist().index(wanted[20]) // 40
 
 
+def test_two_sources_share_one_allowance():
+    first = BadList(None, 0.02, 150, say=lambda line: None)
+    second = BadList(None, 0.02, 150, say=lambda line: None, after=first)
+    one, two = Memory(100), Memory(50)  # their images have the same names
+    for i in (1, 2):
+        first.add(one, i, "truncated")
+    second.add(two, 1, "truncated")
+    assert (first.count, second.count) == (2, 3)
+    with pytest.raises(SslpreError, match="4 of 150"):
+        second.add(two, 2, "truncated")
+
+
 def test_adding_from_many_threads_counts_once(tmp_path):
     source, path = Memory(50), tmp_path / "bad.jsonl"
     bad = BadList(path, 1, 50, say=lambda line: None)

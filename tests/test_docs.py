@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,31 @@ def test_ci_runs_the_readmes_test_command():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize(
+    ("fails", "code", "after"),
+    [
+        ("pip 7", 7, ["pip install .[test]"]),
+        ("pytest 5", 5, ["pip install .[test]", "pytest"]),
+        ("mypy 3", 3, ["pip install .[test]", "pytest", "pip install --quiet .[dev]", "ruff check .", "mypy sslpre"]),
+    ],
+)
+def test_ci_stops_where_something_fails(tmp_path, fails, code, after):
+    """The script with commands that only say what they were called with, one of which fails."""
+    failing, _, status = fails.partition(" ")
+    for name in ("pip", "pytest", "ruff", "mypy", "python"):
+        lines = ["#!/bin/sh", f'echo "$(basename "$0") $*" | sed "s/ *$//" >> "{tmp_path}/calls"']
+        if name == "python":  # stands for `python -m venv FOLDER`
+            lines = ["#!/bin/sh", 'mkdir -p "$3/bin" && : > "$3/bin/activate"']
+        (tmp_path / name).write_text("\n".join([*lines, f"exit {status if name == failing else 0}", ""]))
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHON": str(tmp_path / "python"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == after
+
+
 def rows(mark: str) -> list[str]:
     """First cells of the table between two marks, without backticks."""
     (part,) = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.S)
@@ -120,9 +147,44 @@ def test_files_of_a_run_that_the_readme_names_are_written_by_the_code():
         assert f'"{line.split()[0].rstrip("/")}"' in code, line
 
 
+def unfounded(results: str) -> list[str]:
+    """Rows of a table of results that do not name the commit and the hardware they were measured on."""
+    lines = [line for line in results.strip().splitlines() if line.startswith("|")]
+    if not lines:
+        return [] if "not measured yet" in results.lower() else ["no table"]
+    heads, *body = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
+    at = {name: heads.index(name) if name in heads else -1 for name in ("commit", "hardware")}
+    return [
+        " | ".join(row)
+        for row in body[1:]
+        if len(row) != len(heads)
+        or -1 in at.values()
+        or not re.fullmatch(r"[0-9a-f]{7,40}", row[at["commit"]])
+        or not re.search(r"\w", row[at["hardware"]])
+    ]
+
+
 def test_nothing_is_claimed_that_was_not_measured():
     (results,) = re.findall(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.S)
-    assert "ot measured yet" in results or re.search(r"commit|[0-9a-f]{7}", results)
+    assert not unfounded(results)
+
+
+@pytest.mark.parametrize(
+    ("row", "founded"),
+    [
+        ("| 81.0 | `0123abc` | 2 cores |", True),
+        ("| 81.0 | 0123abc | H200 |", True),
+        ("| 81.0 | main | 2 cores |", False),
+        ("| 81.0 | 0123ab | 2 cores |", False),
+        ("| 81.0 | 0123abc | |", False),
+        ("| 81.0 | 0123abc |", False),
+    ],
+)
+def test_a_result_names_commit_and_hardware(row, founded):
+    assert unfounded("Not measured yet.\n") == []
+    assert unfounded("81 %\n") == ["no table"]
+    assert bool(unfounded(f"| linear % | commit | hardware |\n|---|---|---|\n{row}\n")) is not founded
+    assert unfounded("| linear % | commit |\n|---|---|\n| 81.0 | 0123abc |\n")
 
 
 def example_method(tmp_path):

@@ -197,7 +197,23 @@ def test_other_kinds_of_files_are_not_written(name, tmp_path):
 
 def test_a_file_in_the_way_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "cannot write" in reason(2, export, encoder(), FACTS, tmp_path / "file" / "encoder.safetensors")
+    assert "cannot write" in reason(3, export, encoder(), FACTS, tmp_path / "file" / "encoder.safetensors")
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(module, "usage", lambda encoder, out: ["raise RuntimeError('timm says no')"])
+    for name in ("new/deep/e.safetensors", "new/deep/enc", "mine/new/enc"):
+        reason(1, export, encoder(), FACTS, tmp_path / name)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_synced", full)
+    assert "no space left" in reason(3, export, encoder(), FACTS, tmp_path / "new/deep/e.safetensors")
+    luma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="luma")
+    reason(2, export, luma, FACTS, tmp_path / "new/e.safetensors")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

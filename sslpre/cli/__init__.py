@@ -13,7 +13,7 @@ import typer
 
 from sslpre import __version__
 from sslpre.cli import export, pretrain, probe, recipes
-from sslpre.cli.mistakes import UsageError, in_our_words, printable
+from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, printable, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError
 
@@ -76,14 +76,14 @@ def run(words: list[str]) -> int:
     except SslpreError as error:
         told, cause = error, error
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # the reader went away (`| head`); nobody is left to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # the reader went away (`| head`); nobody is left to tell
         return 1
     except (KeyboardInterrupt, typer.Abort) as error:
-        told, cause = SslpreError("interrupted", "sslpre pretrain --resume last goes on with a saved run", 130), error
+        told, cause = interrupted(first_plain(words)), error
     except Exception as error:
-        what = f"internal: {type(error).__name__}: {error}"
-        told, cause = SslpreError(what, "this is a mistake in sslpre: add --debug and report what it prints", 1), error
+        told, cause = surprise(error, first_plain(words)), error
+        if isinstance(error, OSError) and error.filename is None:  # it may be stdout that cannot be written: give it up
+            discard_output()
     if debug:
         import traceback
 
@@ -91,3 +91,9 @@ def run(words: list[str]) -> int:
     print(f"error: {printable(told.message)}", file=sys.stderr)
     print(f"hint: {printable(told.hint or 'add --debug to see where it happened')}", file=sys.stderr)
     return told.code
+
+
+def discard_output() -> None:
+    """Send what is left in stdout's buffer nowhere, so that the interpreter's last flush does not fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sslpre.cli.words import flag
+from sslpre.cli.words import flag, not_empty
 from sslpre.errors import SslpreError
 from sslpre.train.runs import find_run
 
@@ -24,6 +24,7 @@ def export(
       sslpre export encoder.safetensors
       sslpre export enc/ --run simclr-1
     """
+    not_empty({"OUT": out, "--run": run}, "sslpre export encoder.safetensors")
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise SslpreError(f"`{out}` exists", "name another OUT, or remove it first")

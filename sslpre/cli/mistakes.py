@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -45,7 +48,7 @@ def in_our_words(error: Any, words: Sequence[str], group: Any) -> SslpreError:
 
 def no_command(verb: str, words: Sequence[str], commands: list[str]) -> SslpreError:
     if verb in names():  # `sslpre simclr ./images`
-        return SslpreError(f"no command `{verb}`", " ".join(["sslpre pretrain", *words]))
+        return SslpreError(f"no command `{verb}`", shlex.join(["sslpre", "pretrain", *words]))
     return SslpreError(f"no command `{verb}`", nearest(verb, commands, "sslpre ", "sslpre --help"))
 
 
@@ -62,3 +65,25 @@ def first_plain(words: Sequence[str]) -> str | None:
 def printable(text: str) -> str:
     """`text` on one line, with control characters and undecodable bytes written out: file names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def interrupted(verb: str | None) -> SslpreError:
+    """Ctrl-C where nothing was said about it yet."""
+    begun = "sslpre pretrain --resume last goes on with a saved run"
+    return SslpreError("interrupted", begun if verb == "pretrain" else "nothing was written; type it again", 130)
+
+
+def surprise(error: Exception, verb: str | None) -> SslpreError:
+    """An error that nobody foresaw: the machine's (exit 3) where it is out of memory or space, else ours (exit 1)."""
+    name = type(error).__name__  # torch's is told by its name: it need not be imported
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        smaller = "write a smaller --batch-size, or --set train.micro_batch=16"
+        return SslpreError("out of memory", smaller if verb == "pretrain" else "free some memory, or --device cpu", 3)
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = (error.strerror or os.strerror(error.errno)).lower()
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space there, or write to another disk" if full else "check the path and its permissions"
+        return SslpreError(f"{reason}: `{path}`" if path else reason, hint, 3)
+    what = f"internal: {name}: {error}"
+    return SslpreError(what, "this is a mistake in sslpre: add --debug and report what it prints", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from sslpre.cli.probe import DEVICES
-from sslpre.cli.words import check_folder, flag, number, one_of, whole
+from sslpre.cli.words import check_folder, flag, not_empty, number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.train.runs import find_run
 
+RESUMABLE = ("data.max_bad",)  # what may be changed when a run goes on: it has no part in what is learned
 PRECISIONS = ("auto", "bf16", "fp32")
 RESUME = "Go on with a run; then no RECIPE. auto: if any."
 
@@ -87,13 +89,14 @@ def start(
     settings = tuple(words["--set"] or ())
     finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, device, workers))
     summary = dict(finished.summary)
+    run = shlex.quote(str(finished.run))
     if finished.recipe.data.images:
         labelled = json.loads((finished.run / "data.json").read_text(encoding="utf-8"))["classes"]
         more = "" if labelled else " --data ./labelled"
-        print(f"next: sslpre probe {finished.run} --linear{more}", file=sys.stderr)
+        print(f"next: sslpre probe {run} --linear{more}", file=sys.stderr)
     else:
         summary["probe"] = probe_sample(finished.run, device, workers, as_json)
-    print(f"next: sslpre export encoder.safetensors --run {finished.run}", file=sys.stderr)
+    print(f"next: sslpre export encoder.safetensors --run {run}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary))
 
@@ -101,19 +104,19 @@ def start(
 def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> None:
     """Raises SslpreError (exit 2) for a run without a recipe, and for a resumed run that would not be the same run."""
     recipe = words["RECIPE"]
-    empty = next((name for name, word in words.items() if word == ""), None)
-    if empty is not None:  # an unset shell variable; as a path it would mean the current folder
-        raise SslpreError(f"{empty} is an empty word", "sslpre pretrain simclr ./images")
+    not_empty({**words, "--resume": resume}, "sslpre pretrain simclr ./images")
     if resume is not None and resume != "auto":
-        flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys]
+        flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys if path not in RESUMABLE]
         given = ", ".join(f"`{name}`" for name in [*(name for name, word in words.items() if word), *flags])
         if given:
             message = f"`--resume {resume}` goes on with a run as it was begun, so {given} cannot be given"
-            raise SslpreError(message, f"sslpre pretrain --resume {resume}")
+            raise SslpreError(message, f"sslpre pretrain --resume {shlex.quote(resume)}")
     elif recipe is None and resume is None:
         raise SslpreError("RECIPE is missing", "sslpre pretrain simclr ./images")
     elif recipe is not None and Path(recipe).is_dir():
-        raise SslpreError(f"`{recipe}` is a folder, and RECIPE comes first", f"sslpre pretrain simclr {recipe}")
+        raise SslpreError(
+            f"`{recipe}` is a folder, and RECIPE comes first", f"sslpre pretrain simclr {shlex.quote(recipe)}"
+        )
 
 
 def look(words: dict[str, Any], resume: str | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslpre.cli.words import check_folder, flag, one_of, whole
+from sslpre.cli.words import check_folder, flag, not_empty, number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.train.runs import find_run, is_run
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sslpre.recipe import DataTable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+ENCODERS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pkl", ".tar", ".onnx")  # a word ending so means a file
 
 
 def probe(
@@ -27,6 +30,7 @@ def probe(
     data: Annotated[str | None, flag("--data", "IMAGES", "Labelled images.  [the run's own]")] = None,
     linear: Annotated[bool, typer.Option("--linear", help="Logistic regression on the features.")] = False,
     knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbours by cosine.")] = False,
+    max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [the run's]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: Annotated[str, flag("--device", "|".join(DEVICES), "Where to run.  [auto]")] = "auto",
     workers: Annotated[str | None, flag("--workers", "N", "Decoding threads.  [one per core]")] = None,
@@ -44,43 +48,73 @@ def probe(
     """
     one_of("--device", device, DEVICES)
     threads = whole("--workers", workers, 4, least=0)
-    if data == "":  # an unset shell variable; as a path it would mean the current folder
-        raise SslpreError("--data is an empty word", "sslpre probe --data ./labelled")
+    share = number("--max-bad", max_bad, 0.01, most=1)
+    not_empty({"RUN": target, "--data": data}, "sslpre probe runs/simclr-1 --data ./labelled")
     path = locate(target)
     if data is not None:
         check_folder(data)
     if data is None and not is_run(path):
-        raise SslpreError(f"`{path}` does not say which images to probe with", f"sslpre probe {path} --data ./labelled")
+        if path.suffix != ".safetensors" and not path.is_dir():  # no encoder at all: this says what it is
+            from sslpre.export import open_encoder
+
+            open_encoder(path)
+        hint = f"sslpre probe {shlex.quote(str(path))} --data ./labelled"
+        raise SslpreError(f"`{path}` does not say which images to probe with", hint)
 
     import json
 
     from sslpre.train.device import pick
 
     both = linear == knn
-    report = measure(path, data, linear=linear or both, knn=knn or both, device=pick(device), workers=threads)
+    report = measure(
+        path, data, linear=linear or both, knn=knn or both, device=pick(device), workers=threads, max_bad=share
+    )
     print(json.dumps(report.json()) if as_json else report.table())
 
 
 def locate(target: str | None) -> Path:
-    """The run or the exported encoder that `target` names. Raises SslpreError (exit 2) where there is none."""
-    if target is not None and not is_run(Path(target)):
-        path = Path(target)
-        if (path.suffix == ".safetensors" and path.is_file()) or (path / "config.json").is_file():
-            return path
+    """The run, or the file or folder of an encoder, that `target` names. Raises SslpreError (exit 2) for neither."""
+    if target is None or is_run(Path(target)):
+        return find_run(target)
+    path = Path(target)
+    if path.is_file() or any((path / name).is_file() for name in ("config.json", "model.safetensors")):
+        return path
+    if path.suffix in ENCODERS and not path.is_dir():
+        raise SslpreError(f"there is no file `{target}`", "sslpre export encoder.safetensors writes one")
     return find_run(target)
 
 
 def measure(
-    path: Path, data: str | None, *, linear: bool, knn: bool, device: torch.device, workers: int | None
+    path: Path,
+    data: str | None,
+    *,
+    linear: bool,
+    knn: bool,
+    device: torch.device,
+    workers: int | None,
+    max_bad: float | None = None,
 ) -> Report:
-    """Probe the run or exported encoder at `path` on the folder `data`, or on the images of the run's own recipe."""
+    """Probe the run or exported encoder at `path` on the folder `data`, or on the images of the run's own recipe.
+
+    max_bad: share of unreadable images, None for the one of the run's recipe.
+    """
     from sslpre.probe import probe as judge
     from sslpre.train.progress import say
 
-    encoder, table = opened(path, device)
+    encoder, table, facts = opened(path, device)
+    step = facts.get("step", "0")
+    say(f"encoder    {path} at step {step}: {encoder.architecture}, {encoder.image_size} px")
     found = images_of(table if data is None else table.model_copy(update={"images": data}))
+    say(f"images     {counted(found)}")
+    about = {
+        "path": str(path),
+        "step": int(step) if step.isdecimal() else step,
+        "architecture": encoder.architecture,
+        "image_size": encoder.image_size,
+        "data_fingerprint": facts.get("data_fingerprint", ""),
+    }
     side = int(table.store_size)
-    return judge(
+    report = judge(
         encoder,
         found.train,
         found.test,
@@ -89,23 +123,34 @@ def measure(
         knn=knn,
         device=device,
         workers=workers,
-        max_bad=table.max_bad,
+        max_bad=table.max_bad if max_bad is None else max_bad,
+        pretrained_on=facts.get("data_fingerprint", ""),
         say=say,
     )
+    return replace(report, about=about)
 
 
-def opened(path: Path, device: torch.device) -> tuple[Encoder, DataTable]:
-    """The encoder of the run or export at `path`, and how its images are found and kept."""
+def counted(found: Found) -> str:
+    """Where the images are and how many: one line."""
+    text = f"{found.train.where}: {len(found.train):,} images"
+    if found.test is not None:
+        other = "" if found.test.where == found.train.where else f"{found.test.where}: "
+        text += f" to train the probe with; {other}{len(found.test):,} to test it with"
+    return text + (f" ({found.passed_over})" if found.passed_over else "")
+
+
+def opened(path: Path, device: torch.device) -> tuple[Encoder, DataTable, dict[str, str]]:
+    """The encoder of the run or export at `path`, how its images are found and kept, and its metadata."""
     if is_run(path):
         from sslpre.train.run import open_run
 
-        encoder, recipe, _ = open_run(path, device)
-        return encoder, recipe.data
+        encoder, recipe, facts = open_run(path, device)
+        return encoder, recipe.data, facts
     from sslpre.export import open_encoder
     from sslpre.recipe import DataTable
 
     encoder, facts = open_encoder(path)
-    return encoder.to(device), DataTable(store_size=int(facts.get("store_size", facts["image_size"])))
+    return encoder.to(device), DataTable(store_size=int(facts.get("store_size", facts["image_size"]))), facts
 
 
 def images_of(table: DataTable) -> Found:

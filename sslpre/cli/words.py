@@ -51,6 +51,16 @@ def check_folder(word: str) -> None:
         find(Path(word))
 
 
+def not_empty(words: dict[str, Any], example: str) -> None:
+    """Raises SslpreError (exit 2) for an empty word: an unset shell variable, which as a path is the current folder.
+
+    words: what was typed, by the name of its place; example: the hint.
+    """
+    empty = next((name for name, word in words.items() if word == ""), None)
+    if empty is not None:
+        raise SslpreError(f"{empty} is an empty word", example)
+
+
 def flag(name: str, metavar: str, help: str) -> Any:
     """An option that takes a word. Where it has a default, the help says so in its own words."""
     return typer.Option(name, metavar=metavar, help=help, show_default=False)
@@ -60,9 +70,12 @@ def whole(option: str, word: str | None, example: int, *, least: int = 1, auto: 
     """`word` as a whole number from `least` on; with `auto`, the word "auto" too. Raises SslpreError (exit 2)."""
     if word is None or (auto and word == "auto"):
         return word
-    if not (word.isascii() and word.isdigit() and least <= int(word) < 2**31):
+    most = 2**31 - 1
+    is_whole = word.isascii() and word.isdigit() and len(word) < 1000  # Python refuses to read some thousands of digits
+    if not (is_whole and least <= int(word) <= most):
         hint = f"write {option} {example}" + (f", or {option} auto" if auto else "")
-        raise SslpreError(f"`{option} {word}` is not a whole number from {least} on", hint)
+        which = f"from {least} to {most}" if is_whole and int(word) > most else f"from {least} on"
+        raise SslpreError(f"`{option} {word}` is not a whole number {which}", hint)
     return int(word)
 
 

@@ -26,18 +26,22 @@ from sslpre.errors import SslpreError
 
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 READS = "sslpre reads " + ", ".join(sorted(extension.decode()[1:] for extension in EXTENSIONS))
-TEST_NAMES = (b"test", b"val", b"valid", b"validation")  # the first that exists beside train/ is the test split
+TEST_NAMES = (b"test", b"val", b"valid", b"validation")  # in the order in which they are tried as the test split
 HIDDEN, RUN, UNREADABLE, BROKEN, SPECIAL = "hidden", "run folder", "unreadable folder", "broken link", "not a file"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds; `skipped` counts all that is no image, by extension (`.txt`) or kind (`hidden`)."""
+    """What a folder holds; `skipped` counts all that is no image, by extension (`.txt`) or kind (`hidden`).
+
+    note: how the folder was split, for people; passed_over: the end of it, which test splits were not taken and why.
+    """
 
     train: Source
     test: Source | None
     skipped: dict[str, int]
     note: str
+    passed_over: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,39 +116,54 @@ def find(root: Path, max_pixels: int = MAX_PIXELS) -> Found:
 
     Skipped: hidden names, `__MACOSX`, run folders of sslpre, everything without an image's extension. Links are
     followed; every directory is entered once, so loops end. With `train/` and `test|val|valid|validation/` at the top
-    level, only these two are read. The label of an image is the first folder on its way down (below the split folder);
-    fewer than two classes, or more than one per five images, count as none. Both sources number the classes of the
-    training source, and images of other classes have the label -1.
+    level, only these are read; `train/` alone is the root if no image lies beside it. The test split is the first of
+    these names with an image of a class of `train/`, else the first with images. The label of an image is the first
+    folder on its way down (below the split folder); fewer than two classes, or more than one per five images, count as
+    none. Both sources number the classes of the training source, and images of other classes have the label -1.
 
     Raises SslpreError (exit 4): no such folder, not a folder, not readable, empty, or without images.
     """
     top = os.fsencode(root)
     where = printable(top)
-    folders, has_files = _top_level(root, top, where)
+    folders, has_images = _top_level(root, top, where)
     splits = {name.lower(): name for name in reversed(folders)}
     train = splits.get(b"train")
-    test = next((splits[name] for name in TEST_NAMES if name in splits), None)
+    tests = [splits[name] for name in TEST_NAMES if name in splits]
     skipped: Counter[str] = Counter()
-    seen = {_identity(os.stat(top))}
-    if train is None or (test is None and (len(folders) > 1 or has_files)):
-        index = _scan(top, seen, skipped)
+    if train is None or (not tests and (has_images or _images_beside(top, train, folders))):
+        index = _scan(top, {_identity(os.stat(top))}, skipped)
         _need_images(index, where, skipped)
         return Found(_folder(top, where, index, max_pixels), None, dict(skipped), "")
 
-    # both are marked as entered beforehand: a link in train/ never leads into test/
-    sides = [name for name in (train, test) if name is not None]
-    seen.update(_identity(os.stat(top + b"/" + name)) for name in sides)
-    below = {name: (top + b"/" + name, f"{where.rstrip('/')}/{printable(name)}") for name in sides}
+    # all are marked as entered beforehand: a link in train/ never leads into test/
+    seen = {_identity(os.stat(path)) for path in (top, *(top + b"/" + name for name in (train, *tests)))}
+    below = {name: (top + b"/" + name, f"{where.rstrip('/')}/{printable(name)}") for name in (train, *tests)}
     index = _scan(below[train][0], seen, skipped)
     _need_images(index, below[train][1], skipped)
     source = _folder(*below[train], index, max_pixels)
-    if test is None:
-        return Found(source, None, dict(skipped), "")
-    index = _scan(below[test][0], seen, skipped)
-    note = f"using {printable(train)}/ only; {printable(test)}/ is left for probe"
-    if not index.sizes:
-        return Found(source, None, dict(skipped), f"using {printable(train)}/ only; {printable(test)}/ holds no images")
-    return Found(source, _folder(*below[test], index, max_pixels, source), dict(skipped), note)
+    candidates: list[Folder] = []
+    for name in tests:
+        candidates.append(_folder(*below[name], _scan(below[name][0], seen, skipped), max_pixels, source))
+        if (candidates[-1].labels >= 0).any() or (len(candidates[-1]) and not source.classes):
+            break
+    chosen = _best_test(candidates)
+    note = [f"using {printable(train)}/ only"] if tests else []
+    if chosen is not None:
+        note.append(f"{printable(tests[chosen])}/ is left for probe")
+    passed_over = "; ".join(
+        f"{printable(name)}/ holds no {'labels of ' + printable(train) + '/' if len(candidate) else 'images'}"
+        for name, candidate in list(zip(tests, candidates, strict=False))[:chosen]
+    )
+    note += [passed_over] if passed_over else []
+    test = None if chosen is None else candidates[chosen]
+    return Found(source, test, dict(skipped), "; ".join(note), passed_over)
+
+
+def _best_test(candidates: list[Folder]) -> int | None:
+    """The number of the first test split with labels, else of the first with images, else None."""
+    labelled = (i for i, one in enumerate(candidates) if (one.labels >= 0).any())
+    filled = (i for i, one in enumerate(candidates) if len(one))
+    return next(labelled, next(filled, None))
 
 
 def printable(name: bytes) -> str:
@@ -154,16 +173,14 @@ def printable(name: bytes) -> str:
 
 
 def _top_level(root: Path, top: bytes, where: str) -> tuple[list[bytes], bool]:
-    """Sorted names of the visible folders in `top`, and whether it holds visible files."""
+    """Sorted names of the visible folders in `top`, and whether it holds visible image files."""
     try:
         if not stat.S_ISDIR(os.stat(top).st_mode):
             raise SslpreError(f"`{where}` is a file, not a folder", "name the folder that holds the images", 4)
-        folders, files = [], 0
-        with os.scandir(top) as entries:
-            for entry in entries:
-                if not _hidden(entry.name):
-                    folders += [entry.name] if entry.is_dir() else []
-                    files += not entry.is_dir()
+        with os.scandir(top) as scan:
+            entries = [entry for entry in scan if not _hidden(entry.name)]
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        return folders, any(_is_image(entry.name) and entry.is_file() for entry in entries)
     except FileNotFoundError as error:
         raise SslpreError(f"there is no folder `{where}`", _nearest(root), 4) from error
     except OSError as error:
@@ -171,7 +188,13 @@ def _top_level(root: Path, top: bytes, where: str) -> tuple[list[bytes], bool]:
         raise SslpreError(
             f"cannot read the folder `{where}`: {reason}", "check the path and its permissions", 4
         ) from error
-    return sorted(folders), files > 0
+
+
+def _images_beside(top: bytes, train: bytes, folders: list[bytes]) -> bool:
+    """Whether a folder beside `train` holds an image. What a run or an export leaves there must not change the data."""
+    seen = {_identity(os.stat(path)) for path in (top, top + b"/" + train)}
+    others = iter([_Entry(name + b"/", name, 0, _identity(os.stat(top + b"/" + name))) for name in folders])
+    return any(True for _ in _walk(top, others, seen, Counter()))
 
 
 def _nearest(root: Path) -> str:
@@ -190,21 +213,29 @@ class _Index(NamedTuple):
 
 
 def _scan(root: bytes, seen: set[tuple[int, int]], skipped: Counter[str]) -> _Index:
-    """Walk `root` depth first, in the byte order of whole relative names, so that nothing needs sorting at the end."""
+    """Index `root` in the byte order of whole relative names, so that nothing needs sorting at the end."""
     index = _Index(bytearray(), array("q", [0]), array("q"))
-    stack: list[Iterator[_Entry]] = [iter(_list(root, b"", skipped))]
+    for entry in _walk(root, iter(_list(root, b"", skipped)), seen, skipped):
+        index.names.extend(entry.name)
+        index.ends.append(len(index.names))
+        index.sizes.append(entry.size)
+    return index
+
+
+def _walk(
+    root: bytes, entries: Iterator[_Entry], seen: set[tuple[int, int]], skipped: Counter[str]
+) -> Iterator[_Entry]:
+    """The images among and below `entries` of `root`, depth first; every folder is entered once, none of `seen`."""
+    stack = [entries]
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
         elif entry.folder is None:
-            index.names.extend(entry.name)
-            index.ends.append(len(index.names))
-            index.sizes.append(entry.size)
+            yield entry
         elif entry.folder not in seen:
             seen.add(entry.folder)
             stack.append(iter(_list(root, entry.name + b"/", skipped)))
-    return index
 
 
 class _Entry(NamedTuple):
@@ -237,22 +268,25 @@ def _list(root: bytes, prefix: bytes, skipped: Counter[str]) -> list[_Entry]:
         except OSError:
             skipped[BROKEN] += 1  # a link to nothing or to itself, or a file deleted since the folder was listed
             continue
-        extension = os.path.splitext(name)[1].lower()
         if stat.S_ISDIR(info.st_mode):
             # not the entry's own stat on Windows, where it holds no inode
             key = _identity(info if info.st_ino else os.stat(root + b"/" + prefix + name))
             found.append(_Entry(name + b"/", prefix + name, 0, key))
         elif not stat.S_ISREG(info.st_mode):
             skipped[SPECIAL] += 1  # opening a pipe would wait for ever
-        elif extension in EXTENSIONS:
+        elif _is_image(name):
             found.append(_Entry(name, prefix + name, info.st_size, None))
         else:
-            skipped[printable(extension) or "no extension"] += 1
+            skipped[printable(os.path.splitext(name)[1].lower()) or "no extension"] += 1
     return sorted(found)
 
 
 def _hidden(name: bytes) -> bool:
     return name.startswith(b".") or name == b"__MACOSX"
+
+
+def _is_image(name: bytes) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _identity(info: os.stat_result) -> tuple[int, int]:

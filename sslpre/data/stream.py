@@ -43,12 +43,21 @@ class Pixels:
 class BadList:
     """The images that could not be used: named once each, listed in a file, at most a share `limit` of `total`."""
 
-    def __init__(self, path: Path | None, limit: float, total: int, say: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        path: Path | None,
+        limit: float,
+        total: int,
+        say: Callable[[str], None] | None = None,
+        after: BadList | None = None,
+    ):
         """`path` is a JSON-lines file, read if it exists (images in it are not named again) and appended to, or None.
 
-        `say` prints one line, by default on stderr. Raises SslpreError (exit 5) if the file is not what was written.
+        `say` prints one line, by default on stderr. `after` is the list of another source that was read before and
+        shares the allowance: its images count in this list too, and `total` is that of both. Raises SslpreError
+        (exit 5) if the file is not what was written.
         """
-        self.path, self.limit, self.total = path, limit, total
+        self.path, self.limit, self.total, self.after = path, limit, total, after
         self.allowed = math.floor(limit * total + 1e-9)  # 0.29 * 100 is 28.999999999999996
         self._say = say or _to_stderr
         self._lock = threading.Lock()
@@ -58,8 +67,8 @@ class BadList:
 
     @property
     def count(self) -> int:
-        """How many images are bad so far."""
-        return len(self._known)
+        """How many images are bad so far, those of the list before this one included."""
+        return len(self._known) + (self.after.count if self.after is not None else 0)
 
     def add(self, source: Source, i: int, reason: str) -> None:
         """Note that image `i` of `source` is bad. Raises SslpreError (exit 20) while there are more than allowed."""

@@ -51,6 +51,7 @@ class Labelled:
     unlabelled: int
     split: str
     warnings: list[str]
+    test_from: str  # fingerprint of the source that the test images are part of
 
 
 def probe(
@@ -65,16 +66,18 @@ def probe(
     device: torch.device | str = "cpu",
     workers: int | None = None,
     max_bad: float = 0.01,
+    pretrained_on: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Probe `encoder` on `train` and `test`; without `test`, on a seeded stratified fifth of `train`.
 
     side: of the canvas that images are decoded to, in pixels; the encoder sees centre views at its own image size.
     workers: decoding threads, None for one per core. seed: of the splits, the random weights (seed + 1 to seed + 3) and
-    the bootstrap. say: gets one line of progress at a time. The encoder comes back where and as it was; its weights are
-    hashed before and after.
+    the bootstrap. pretrained_on: fingerprint of the images that the encoder learned from; where test images were among
+    them the report says so. say: gets one line of progress at a time. The encoder comes back where and as it was; its
+    weights are hashed before and after.
     Raises SslpreError: exit 4 without labels, 10 if features are not finite, 20 with more than the share `max_bad` of
-    unreadable images; RuntimeError if the encoder changed while it was probed.
+    unreadable images, training and test images together; RuntimeError if the encoder changed while it was probed.
     """
     if not (linear or knn):
         raise SslpreError("nothing to probe with", "sslpre probe --linear, or --knn, or both")
@@ -108,14 +111,16 @@ def probe(
         k=min(nearest.K, len(train_labels)),
         temperature=nearest.TEMPERATURE,
         encoder_hash=before,
-        warnings=[*data.warnings, *doubts(parts, rows, knn)],
+        warnings=[*data.warnings, *pretrained_too(data, pretrained_on), *doubts(parts, rows, knn)],
     )
 
 
 def centres(
     data: Labelled, size: int, side: int, device: torch.device, workers: int | None, max_bad: float
 ) -> list[Centres]:
-    """The centre views of both parts, `size` pixels wide."""
+    """The centre views of both parts, `size` pixels wide, the training images to be read first."""
+    total = len(data.train) + len(data.test)
+    first = BadList(None, max_bad, total)
     return [
         Centres(
             source,
@@ -124,10 +129,10 @@ def centres(
             batch=64 if size > 64 else 256,
             workers=(os.cpu_count() or 1) if workers is None else workers,
             device=device,
-            bad=BadList(None, max_bad, len(source)),
-            keep=(len(data.train) + len(data.test)) * 3 * size**2 <= MEMORY,
+            bad=bad,
+            keep=total * 3 * size**2 <= MEMORY,
         )
-        for source in (data.train, data.test)
+        for source, bad in ((data.train, first), (data.test, BadList(None, max_bad, total, after=first)))
     ]
 
 
@@ -176,14 +181,20 @@ def labelled(train: Source, test: Source | None, seed: int) -> Labelled:
             unlabelled += int((test.labels < 0).sum())
             where = f"{train.where} and {test.where}" if train.where != test.where else f"both of {train.where}"
             sources = subset(train, known), subset(test, rows)
-            return Labelled(*sources, own, mapped[rows], classes, unlabelled, where, warnings)
+            return Labelled(*sources, own, mapped[rows], classes, unlabelled, where, warnings, test.fingerprint)
         warnings.append(f"`{test.where}` has no labels to test with; a part of the training images is used")
     first, second = split(own, TEST_SHARE, seed)
     if not len(second):
         raise SslpreError(f"every class in `{train.where}` has one image, none is left to test with", HINT, 4)
     note = f"a fifth of each class of {train.where}, seed {seed}"
     sources = subset(train, known[first]), subset(train, known[second])
-    return Labelled(*sources, own[first], own[second], classes, unlabelled, note, warnings)
+    return Labelled(*sources, own[first], own[second], classes, unlabelled, note, warnings, train.fingerprint)
+
+
+def pretrained_too(data: Labelled, fingerprint: str) -> list[str]:
+    """What to say where the test images are some of those, with this fingerprint, that the encoder learned from."""
+    same = fingerprint and fingerprint == data.test_from
+    return ["the encoder was pretrained on the test images too, without their labels"] if same else []
 
 
 def class_name(source: Source, number: int) -> str:
@@ -242,7 +253,7 @@ def interval(right: Tensor, seed: int, strengths: tuple[float, ...] = ()) -> Sco
 def doubts(parts: list[Centres], rows: tuple[Row, ...], knn: bool) -> list[str]:
     """What a reader should know before believing the table."""
     found = []
-    missing = sum(part.stream.bad.count for part in parts)
+    missing = parts[-1].stream.bad.count  # of both parts
     if missing:
         found.append(f"{missing:,} images could not be read and are left out")
     shared = sum(digest in set(parts[0].digests) for digest in parts[1].digests)

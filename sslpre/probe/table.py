@@ -52,6 +52,7 @@ class Report:
     temperature: float
     encoder_hash: str
     warnings: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)  # what was probed, for `json`
 
     @property
     def chance(self) -> float:
@@ -85,8 +86,9 @@ class Report:
         rows = [{key: value for key, value in row.items() if value is not None} for row in plain.pop("rows")]
         for row in rows:
             row.get("knn", {}).pop("strengths", None)
+        about = plain.pop("about")
         found = {"chance": self.chance, "beats": self.beats(), "verdict": self.verdict()}
-        return {"schema": 1, "rows": rows, **found, **plain}
+        return {"schema": 1, **about, "rows": rows, **found, **plain}
 
     def table(self) -> str:
         """Lines of at most 80 characters, without colour."""

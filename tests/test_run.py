@@ -57,15 +57,12 @@ def options(pictures, **kwargs):
     return runs.Options("simclr", pictures, (), tables, device="cpu", workers=1, **kwargs)
 
 
-def sslpre(*arguments, cwd, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "sslpre", *map(str, arguments)],
-        cwd=cwd,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+def sslpre(*arguments, cwd):
+    """The real program, with as many threads as the tests have: only then is a run the same to the bit."""
+    command = [sys.executable, "-m", "sslpre", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def weights(run):
@@ -282,6 +279,15 @@ def test_an_own_empty_directory_and_a_link_to_one_stay_after_a_failed_start(pict
         with pytest.raises(SslpreError, match="small stem"):
             runs.pretrain(runs.Options("simclr", pictures, (), tables, out=tmp_path / out, device="cpu"))
     assert sorted(os.listdir(tmp_path)) == ["link", "mine"] and not os.listdir(tmp_path / "mine")
+
+
+def test_what_is_probed_is_the_newest_run_that_has_something_to_probe(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.pretrain(options(pictures))
+    (tmp_path / "runs" / "simclr-2").mkdir()
+    shutil.copy("runs/simclr-1/recipe.toml", "runs/simclr-2")  # begun, and killed before its first checkpoint
+    os.utime("runs/simclr-2/recipe.toml", (2e9, 2e9))
+    assert find_run(None).name == "simclr-1" and find_run("last").name == "simclr-2"
 
 
 def test_resume_auto_with_another_wish_is_refused(pictures, tmp_path):

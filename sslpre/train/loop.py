@@ -174,7 +174,7 @@ def add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
 
 
 def refuse_nonfinite(run: Run, optimiser: Optimizer) -> None:
-    """Stop before the step, with nothing touched. The one place where the host waits for the device."""
+    """Stop before the player's step; nothing of it reaches the disk. The one place where the host waits."""
     loss = torch.stack(list(run.sums.values())).sum()  # each logged term too
     grads = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=loss.device)

@@ -96,4 +96,4 @@ class Display:
         if now - self.spoke >= self.QUIET or step == self.steps:
             self.spoke = now
             left = (now - self.begun) / max(1, step - self.start) * (self.steps - step)
-            say(f"step {step}/{self.steps} · epoch {figures['epoch']:.0f} · {text} · {duration(left)} left")
+            say(f"step {step}/{self.steps} · epoch {figures['epoch'] + 1:.0f} · {text} · {duration(left)} left")

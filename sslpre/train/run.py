@@ -147,7 +147,7 @@ def to_resume(options: Options) -> Path | None:
         raise SslpreError(
             "`--resume auto` needs to know which run", "add --out runs/NAME: it starts there, goes on there, or is done"
         )
-    return find_run(None)
+    return find_run("last")
 
 
 def load_data(recipe: Recipe) -> Found:

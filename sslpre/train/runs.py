@@ -16,7 +16,10 @@ def is_run(path: Path) -> bool:
 
 
 def find_run(name: str | None) -> Path:
-    """The run called `name` (a path, or a name under `runs/`); None or "last" is the newest. None there: exit 2."""
+    """The run called `name`: a path, or a name under `runs/`. None there: SslpreError (exit 2).
+
+    "last" is the newest run; None is the newest that has something to probe or export, if there is one.
+    """
     if name is not None and name != "last":
         for path in (Path(name), ROOT / name):
             if is_run(path):
@@ -25,6 +28,8 @@ def find_run(name: str | None) -> Path:
     runs = [path for path in ROOT.iterdir() if is_run(path)] if ROOT.is_dir() else []
     if not runs:
         raise SslpreError(f"no run in `{ROOT}/`", "sslpre pretrain simclr ./images")
+    if name is None:
+        runs = [path for path in runs if any(path.glob("checkpoints/step-*/MANIFEST.json"))] or runs
     return max(runs, key=lambda path: ((path / "recipe.toml").stat().st_mtime_ns, path.name))
 
 

@@ -123,7 +123,7 @@ def build(
     that the patch does not divide.
     """
     name, dot, _ = backbone.partition(".")
-    if dot:  # timm's `name.tag` means pretrained weights, which would not be loaded
+    if dot and timm.is_model(name):  # timm's `name.tag` means pretrained weights, which would not be loaded
         raise SslpreError(
             f"`{backbone}` names pretrained weights, and training starts from scratch", f"--backbone {name}"
         )
@@ -158,6 +158,8 @@ def takes_small(backbone: str, stem: str, image_size: int) -> bool:
         raise SslpreError(
             f"`{backbone}` cannot have a small stem", f"--set encoder.stem=timm; small stems fit {fitting}"
         )
+    if stem == "small" and image_size > 64:
+        raise SslpreError(f"a small stem is for images up to 64 px, not `{image_size}`", "--set encoder.stem=auto")
     return backbone in small_stems and (stem == "small" or (stem == "auto" and image_size <= 64))
 
 

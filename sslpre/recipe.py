@@ -185,7 +185,11 @@ def parse(plain: Mapping[str, Any], name: str) -> Recipe:
     mistakes: list[str] = []
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate_json(json.dumps(plain, default=str))
+        passed = json.dumps(plain, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SslpreError(f"recipe `{name}` holds text that is not UTF-8", "rename what it names", 2) from error
+    try:
+        recipe = Recipe.model_validate_json(passed)
     except ValidationError as error:
         mistakes += explain(error, Recipe)
     method = plain.get("method")

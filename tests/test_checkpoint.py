@@ -88,6 +88,20 @@ def test_a_newer_format_is_refused(tmp_path):
         checkpoint.load(tmp_path / "step-00000001")
 
 
+def test_one_that_cannot_be_read_here_is_not_called_damaged(tmp_path):
+    """A newer format, or a disk that fails: the run stops, and does not go back to an older one."""
+    save(tmp_path, 1)
+    checkpoint.save(tmp_path / "checkpoints", {}, {}, {"step": 2, "format": 99})
+    with pytest.raises(SslpreError, match="format 99"):
+        checkpoint.newest(tmp_path)
+    path = save(tmp_path, 3)
+    (path / "state.json").unlink()
+    (path / "state.json").mkdir()  # reading it fails with an OSError, for root too
+    with pytest.raises(SslpreError, match="cannot be read"):
+        checkpoint.newest(tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nothing_non_finite_is_written(tmp_path, bad):
     save(tmp_path, 1)

@@ -162,7 +162,7 @@ def test_the_allowance_of_bad_images_is_shared_by_both_parts(run_cli, here, phot
     words = ("probe", "--data", "split", "--knn", "--device", "cpu", "--workers", "1", "--max-bad")
     error, hint = last_words(run_cli(*words, "0.04"), 20)  # of 96 images 3 may be bad
     assert error == "4 of 96 images could not be read so far, above `--max-bad 0.04`"
-    assert hint == "remove those named above, or allow more: `--max-bad 0.09`"
+    assert hint == "allow more, or start again without those named above: `--max-bad 0.09`"
     done = run_cli(*words, "0.042")
     assert done.code == 0, done.err
     assert "note: 4 images could not be read and are left out" in done.out

@@ -252,7 +252,7 @@ def test_bad_images_are_named_once_listed_and_limited(tmp_path, capsys):
         bad.add(source, 9, "x")
     assert caught.value.code == 20
     assert caught.value.message == "5 of 48,213 images could not be read so far, above `--max-bad 0.0001`"
-    assert caught.value.hint == "remove those named above, or allow more: `--max-bad 0.01`"
+    assert caught.value.hint == "allow more, or start again without those named above: `--max-bad 0.01`"
 
 
 def test_reloading_does_not_count_twice(tmp_path, capsys):

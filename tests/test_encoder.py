@@ -44,7 +44,7 @@ def test_dim_is_the_width_of_the_features(backbone):
         ("resnet18", "auto", 64, "resnet18_small"),
         ("resnet18", "auto", 65, "resnet18"),
         ("resnet18", "timm", 32, "resnet18"),
-        ("resnet50", "small", 96, "resnet50_small"),
+        ("resnet50", "small", 48, "resnet50_small"),
         ("resnet18d", "auto", 32, "resnet18d"),  # a deep stem: three convolutions, never swapped
         ("test_resnet", "auto", 32, "test_resnet"),
     ],
@@ -86,6 +86,7 @@ def test_plain_timm_does_not_know_the_small_names():
     "kwargs, message, hint",
     [
         ({"backbone": "resnet81"}, "no timm backbone `resnet81`", "--backbone resnet"),
+        ({"backbone": "resnet18", "stem": "small", "image_size": 96}, "up to 64 px, not `96`", "encoder.stem=auto"),
         ({"backbone": "resnet18d", "stem": "small"}, "`resnet18d` cannot have a small stem", "encoder.stem=timm"),
         (
             {"backbone": "vit_tiny_patch16_224", "image_size": 200},

@@ -236,7 +236,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(pictures, tm
     monkeypatch.setattr(SimCLR, "loss", fail)
     with pytest.raises(RuntimeError):
         runs.pretrain(options(pictures))
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert os.listdir(tmp_path) == []  # not even `runs/`
 
 
 def test_a_bad_image_is_listed_and_too_many_stop_the_run(pictures, tmp_path, monkeypatch, capsys):
@@ -275,7 +275,7 @@ def test_an_own_empty_directory_and_a_link_to_one_stay_after_a_failed_start(pict
     (tmp_path / "mine").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     tables = options(pictures).overrides | {"encoder": {"backbone": "test_resnet", "stem": "small", "image_size": 32}}
-    for out in ("mine", "link", "new"):
+    for out in ("mine", "link", "new", "a/b/c"):
         with pytest.raises(SslpreError, match="small stem"):
             runs.pretrain(runs.Options("simclr", pictures, (), tables, out=tmp_path / out, device="cpu"))
     assert sorted(os.listdir(tmp_path)) == ["link", "mine"] and not os.listdir(tmp_path / "mine")
@@ -288,6 +288,22 @@ def test_what_is_probed_is_the_newest_run_that_has_something_to_probe(pictures, 
     shutil.copy("runs/simclr-1/recipe.toml", "runs/simclr-2")  # begun, and killed before its first checkpoint
     os.utime("runs/simclr-2/recipe.toml", (2e9, 2e9))
     assert find_run(None).name == "simclr-1" and find_run("last").name == "simclr-2"
+
+
+def test_images_named_in_a_setting_are_found_from_anywhere(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    tables = options(pictures).overrides
+    setting = f"data.images={pictures.name}"
+    run = runs.pretrain(runs.Options("simclr", None, (setting,), tables, out=tmp_path / "x", device="cpu")).run
+    assert recipes.load(str(run / "recipe.toml")).data.images == str(pictures)
+
+
+def test_what_may_change_on_resume_auto_is_taken_over(pictures, tmp_path):
+    wanted = options(pictures, resume="auto", out=tmp_path / "x")
+    runs.pretrain(wanted)
+    runs.pretrain(dataclasses.replace(wanted, settings=("data.max_bad=0.5", "train.checkpoint_minutes=3")))
+    kept = recipes.load(str(tmp_path / "x" / "recipe.toml"))
+    assert (kept.data.max_bad, kept.train.checkpoint_minutes) == (0.5, 3.0)
 
 
 def test_resume_auto_with_another_wish_is_refused(pictures, tmp_path):
@@ -354,7 +370,7 @@ def test_a_long_run_on_a_cpu_is_told_what_to_type_instead():
     recipe = recipes.load(
         "simclr", (), {"encoder": {"backbone": "resnet50", "image_size": 224}, "train": {"epochs": 100}}
     )
-    assert shorter(recipe, 20 * 3600) == "for about 2.0 h type: sslpre pretrain simclr --epochs 10"
+    assert shorter(recipe, 20 * 3600) == "for about 2.0 h type the same with --epochs 10"
     assert "--backbone test_resnet --image-size 32 --epochs 1" in shorter(recipe, 900 * 3600)
     light = recipe.edit(encoder={"backbone": "test_resnet", "image_size": 32})
     assert "a part of the images" in shorter(light, 900 * 3600)

@@ -69,8 +69,8 @@ def printable(text: str) -> str:
 
 def interrupted(verb: str | None) -> SslpreError:
     """Ctrl-C where nothing was said about it yet."""
-    begun = "sslpre pretrain --resume last goes on with a saved run"
-    return SslpreError("interrupted", begun if verb == "pretrain" else "nothing was written; type it again", 130)
+    again = "before its first step a new run leaves nothing; one that was resumed is as it was: type it again"
+    return SslpreError("interrupted", again if verb == "pretrain" else "nothing was written; type it again", 130)
 
 
 def surprise(error: Exception, verb: str | None) -> SslpreError:

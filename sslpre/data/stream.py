@@ -89,7 +89,7 @@ class BadList:
         enough = min(1.0, math.ceil(share * 200) / 100)  # twice what was met so far, which may not be the last
         return SslpreError(
             f"{self.count:,} of {self.total:,} images could not be read so far, above `--max-bad {self.limit:g}`",
-            f"remove those named above, or allow more: `--max-bad {enough:g}`",
+            f"allow more, or start again without those named above: `--max-bad {enough:g}`",
             20,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import shlex
 import time
 
 import torch
@@ -64,14 +63,13 @@ def announce(run: Run, wanted: Recipe, found: Found) -> None:
 
 
 def shorter(recipe: Recipe, seconds: float) -> str:
-    """What to type for a run of about two hours; where one epoch takes longer, what to type for a lighter network."""
-    images = f" {shlex.quote(recipe.data.images)}" if recipe.data.images else ""
-    command, epochs = f"sslpre pretrain {recipe.method['name']}{images}", int(recipe.train.epochs)
+    """What to type for a run of about two hours; where one epoch takes longer, for a lighter network."""
+    epochs = int(recipe.train.epochs)
     fewer = int(epochs * PATIENCE / seconds)
     if fewer >= 1:
-        return f"for about {duration(seconds * fewer / epochs)} type: {command} --epochs {fewer}"
+        return f"for about {duration(seconds * fewer / epochs)} type the same with --epochs {fewer}"
     if (recipe.encoder.backbone, recipe.encoder.image_size) != ("test_resnet", 32):
-        return f"one epoch alone takes longer; type: {command} --backbone test_resnet --image-size 32 --epochs 1"
+        return "one epoch alone takes longer; type the same with --backbone test_resnet --image-size 32 --epochs 1"
     return "one epoch alone takes longer; train on a part of the images"
 
 

@@ -27,6 +27,13 @@ KEPT = 2
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
+class Damaged(SslpreError):
+    """A checkpoint whose bytes are not those that were written."""
+
+    def __init__(self, message: str):
+        super().__init__(message, "sslpre pretrain --resume goes on from an older one", 5)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
@@ -139,7 +146,7 @@ def newest(run: Path) -> Checkpoint | None:
     for path in found:
         try:
             return load(path)
-        except SslpreError as error:
+        except Damaged as error:
             print(f"warning: {error.message}; trying the one before it", file=sys.stderr)
     if found:
         raise SslpreError(
@@ -149,15 +156,16 @@ def newest(run: Path) -> Checkpoint | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint, checking every byte against its manifest. Raises SslpreError (exit 5)."""
+    """Read one checkpoint, checking every byte against its manifest.
+
+    Raises Damaged (exit 5) where they differ, and SslpreError (exit 5) where it is of a newer format or cannot be read.
+    """
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
         contents = {name: (path / name).read_bytes() for name in FILES}
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != manifest[name]["sha256"]:
-                raise SslpreError(
-                    f"checkpoint file `{path / name}` is damaged: its sha256 is not the manifest's", "", 5
-                )
+                raise Damaged(f"checkpoint file `{path / name}` is damaged: its sha256 is not the manifest's")
         state = json.loads(contents["state.json"])
         if state["format"] > FORMAT:
             raise SslpreError(
@@ -166,8 +174,11 @@ def load(path: Path) -> Checkpoint:
                 5,
             )
         model, optim = (safetensors.torch.load(contents[name]) for name in FILES[:2])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SslpreError(f"checkpoint `{path}` cannot be read: {error}", "", 5) from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Damaged(f"checkpoint `{path}` is damaged: {error}") from error
+    except OSError as error:
+        hint = "check its permissions and the disk: nothing says that it is damaged"
+        raise SslpreError(f"checkpoint `{path}` cannot be read: {error.strerror}", hint, 5) from error
     return Checkpoint(path, model, optim, state)
 
 

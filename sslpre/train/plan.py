@@ -22,7 +22,8 @@ def resolve(recipe: Recipe, images: int, short_side: int, device: Facts) -> Reci
     encoder, train = recipe.encoder, recipe.train
     image_size = side(short_side, device) if encoder.image_size == "auto" else encoder.image_size
     backbone = network(images, image_size, device) if encoder.backbone == "auto" else encoder.backbone
-    stem = "small" if takes_small(backbone, encoder.stem, image_size) else "timm"
+    small = takes_small(backbone, encoder.stem, image_size)
+    stem = encoder.stem if encoder.stem != "auto" else "small" if small else "timm"
     if train.batch_size == "auto" and images < FEWEST:
         raise SslpreError(
             f"`{images}` images are too few to train on", f"sslpre needs {FEWEST}, and learns from 5,000 up", 4

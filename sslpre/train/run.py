@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import shlex
 import shutil
+import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -67,12 +69,16 @@ def pretrain(options: Options) -> Finished:
 
 
 def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
-    """An old run as it was begun; only how many bad images it bears may be said anew."""
+    """An old run as it was begun; only the keys of `FREE` may be said anew."""
     recipe = recipes.load(str(folder / "recipe.toml"))
     if options.recipe is not None:
         refuse_other(recipe, wish(options), folder)
-    if "max_bad" in options.overrides.get("data", {}):
-        recipe = recipe.edit(data={"max_bad": options.overrides["data"]["max_bad"]})
+    said = copy.deepcopy(options.overrides)
+    for setting in options.settings:
+        recipes.apply_setting(said, setting)
+    anew = {table: {k: said[table][k] for k in keys if k in said.get(table, {})} for table, keys in FREE.items()}
+    if any(anew.values()):
+        recipe = recipe.edit(**anew)
         write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     run = build(folder, recipe, load_data(recipe), where, options)
     go_on(run)
@@ -83,7 +89,12 @@ def wish(options: Options) -> Recipe:
     """The recipe as typed: its file, then `--set`, then flags, then IMAGES."""
     assert options.recipe is not None
     recipe = recipes.load(options.recipe, options.settings, options.overrides)
-    return recipe if options.images is None else recipe.edit(data={"images": os.path.abspath(options.images)})
+    images = options.images or recipe.data.images
+    if not images:
+        return recipe
+    path = os.path.abspath(images)  # so that the run's recipe.toml finds them from anywhere
+    refuse_nameless(path)
+    return recipe.edit(data={"images": path})
 
 
 def refuse_other(recipe: Recipe, wanted: Recipe, folder: Path) -> None:
@@ -106,8 +117,7 @@ def start(options: Options, where: torch.device) -> Finished:
     """A new run in a directory of its own, which is removed again if not even one step is taken."""
     if options.recipe is None:
         raise SslpreError("no recipe named", "sslpre pretrain simclr ./images")
-    refuse_nameless(options.images)
-    wanted = wish(options)  # with an absolute path, so that the run's recipe.toml finds the images from anywhere
+    wanted = wish(options)
     found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
     recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where))
     stem = Path(options.recipe).stem
@@ -124,12 +134,12 @@ def start(options: Options, where: torch.device) -> Finished:
         raise
 
 
-def refuse_nameless(images: Path | None) -> None:
+def refuse_nameless(path: str) -> None:
     """A recipe is UTF-8 text, so the folder it names must have a name that is."""
     try:
-        str(images).encode("utf-8")
+        path.encode("utf-8")
     except UnicodeEncodeError as error:
-        shown = str(images).encode("utf-8", "backslashreplace").decode()
+        shown = path.encode("utf-8", "backslashreplace").decode()
         raise SslpreError(
             f"the name of `{shown}` is not UTF-8", "rename the folder, or make a link to it", 4
         ) from error
@@ -253,14 +263,14 @@ def go_on(run: loop.Run) -> None:
             "put it back, or start a new run with it: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
             6,
         )
-    for path in (run.folder / "checkpoints").glob("step-*"):
-        if path.name > saved.path.name:  # damaged, and said so: it must not pass for one of the two that are kept
-            shutil.rmtree(path)
     for key in ("sslpre", "torch"):
         if saved.state[key] != run.facts[key]:
             say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
     optim.load_state(run.objective, run.optimisers, saved.optim)
+    for path in (run.folder / "checkpoints").glob("step-*"):
+        if path.name > saved.path.name:  # damaged, and said so: it must not pass for one of the two that are kept
+            path.rename(path.with_name(f".damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
 

@@ -38,44 +38,43 @@ def known_runs() -> str:
     return "runs here: " + ", ".join(runs[-5:]) if runs else "sslpre pretrain simclr ./images"
 
 
-def new_run(recipe_name: str, out: Path | None) -> tuple[Path, bool]:
-    """The run's directory, `out` or the next free `runs/<recipe>-<n>`, and whether it was made just now.
+def new_run(recipe_name: str, out: Path | None) -> tuple[Path, list[Path]]:
+    """The run's directory, `out` or the next free `runs/<recipe>-<n>`, and the folders made for it, deepest first.
 
-    An `out` that holds anything: exit 2; one that cannot be made: exit 3.
+    An `out` that holds anything: SslpreError (exit 2); one that cannot be made: exit 3.
     """
-    if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            again = f", or go on with it: sslpre pretrain --resume {shlex.quote(str(out))}" if is_run(out) else ""
-            raise SslpreError(f"`{out}` exists", f"name another --out{again}")
-        made = not out.exists()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SslpreError(f"cannot make `{out}`: {error.strerror}", "name another --out", 3) from error
-        return out, made
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        again = f", or go on with it: sslpre pretrain --resume {shlex.quote(str(out))}" if is_run(out) else ""
+        raise SslpreError(f"`{out}` exists", f"name another --out{again}")
+    place = out if out is not None else ROOT
+    made = [path for path in (place, *place.parents) if not path.exists()]
     try:
-        ROOT.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            return out, made
         number = 1 + max((numbered(path.name, recipe_name) for path in ROOT.iterdir()), default=0)
         while True:
             path = ROOT / f"{recipe_name}-{number}"
             try:
                 path.mkdir()  # two runs started together get two numbers
-                return path, True
+                return path, [path, *made]
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise SslpreError(f"cannot make a run in `{ROOT}/`: {error.strerror}", "name a writable --out", 3) from error
+        raise SslpreError(f"cannot make a run in `{place}`: {error.strerror}", "name a writable --out", 3) from error
 
 
-def discard(folder: Path, made: bool) -> None:
-    """Take back a run's directory: what is in it, and itself if it was made for the run."""
+def discard(folder: Path, made: list[Path]) -> None:
+    """Take back a run's directory: what is in it, and the folders made for it that hold nothing else."""
     for path in list(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    if made:
-        folder.rmdir()
+    for path in made:
+        if any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def numbered(name: str, recipe_name: str) -> int:

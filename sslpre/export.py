@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 import sslpre
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
+from sslpre.synced import sync_folder, write_synced
 from sslpre.timm import small_stems
 
 TOLERANCE = 1e-4  # of the largest feature
@@ -308,20 +309,3 @@ def colour(numbers: Any) -> list[float]:
     if len(found) != 3 or not all(map(math.isfinite, found)):
         raise ValueError(f"{numbers} are not three colours")
     return found
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,10 +15,12 @@ import safetensors.torch
 import torch
 
 from sslpre import recipe as recipes
+from sslpre.data.find import find
 from sslpre.errors import SslpreError
 from sslpre.train import checkpoint, loop
 from sslpre.train import run as runs
 from sslpre.train.announce import shorter
+from sslpre.train.progress import Meter
 from sslpre.train.runs import find_run
 
 SMALL = [
@@ -173,6 +175,21 @@ def test_resume_without_a_complete_checkpoint_starts_at_step_0(pictures, tmp_pat
     runs.pretrain(runs.Options(resume="last", device="cpu", workers=1))
     assert "starting at step 0" in capsys.readouterr().err
     assert all(torch.equal(expected[k], v) for k, v in weights(run).items())
+
+
+def test_a_complete_checkpoint_of_step_0_is_not_written_again(pictures, tmp_path, monkeypatch):
+    """Writing it again would take the only one away for a moment."""
+    wanted = options(pictures)
+    recipe = recipes.load("simclr", (), wanted.overrides | {"data": {"store_size": 64}, "optim": {"lr": 0.1}})
+    seen, save = [], loop.save
+    monkeypatch.setattr(loop, "save", lambda run, meter: (seen.append(run.step), save(run, meter)))
+    for before in (False, True):
+        run = runs.build(tmp_path, recipe, find(pictures), torch.device("cpu"), wanted)
+        if before:
+            shutil.rmtree(tmp_path / "checkpoints")
+            save(run, Meter())
+        loop.train(run)
+    assert seen == [0, 6, 12, 6, 12]
 
 
 def test_resume_on_changed_images_is_refused(pictures, tmp_path, monkeypatch):

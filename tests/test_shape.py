@@ -32,6 +32,7 @@ WALLS = {
     "recipe": ("train", "data", "cli", "probe", "export"),
     "shelf": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "errors": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
+    "synced": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
 }
 
 

@@ -7,7 +7,6 @@ so that a kill at any moment leaves either the whole of it or nothing.
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sslpre.errors import SslpreError
+from sslpre.synced import sync_folder, write_synced
 
 FORMAT = 1
 KEPT = 2
@@ -66,7 +66,7 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
             write_synced(temporary / name, data)
         write_synced(temporary / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
-        if final.exists():  # an incomplete or older one of the same step: a complete one is never written twice
+        if final.exists():  # an incomplete one of the same step: no complete one is written twice
             shutil.rmtree(final)
         temporary.rename(final)
         sync_folder(folder)
@@ -90,23 +90,6 @@ def refuse_nonfinite(tensors: dict[str, Tensor], what: str, step: int) -> None:
     if not bool(finite.all()):
         name = next(name for name, good in zip(floats, finite.tolist(), strict=True) if not good)
         raise SslpreError(f"{what} `{name}` not finite at step {step}", "lower --lr, or use --precision fp32", 10)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # a directory cannot be opened there, and renames are already journalled
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def complete(folder: Path) -> list[Path]:

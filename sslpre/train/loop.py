@@ -70,7 +70,7 @@ def train(run: Run) -> dict[str, float]:
     """
     meter, saved_at = Meter(), time.monotonic()
     an_epoch, minutes = run.stream.steps_per_epoch, run.recipe.train.checkpoint_minutes
-    if run.step == 0:
+    if run.step == 0 and not checkpoint.complete(run.folder / "checkpoints"):
         save(run, meter)
     with (
         metrics_from(run.folder / "metrics.jsonl", run.step) as log,

@@ -64,9 +64,10 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.chunk or len(x) <= self.chunk:
             return self.model(self.prepare(x))
+        parts = x.tensor_split(-(-len(x) // self.chunk))  # of even sizes: a last one of one image has no statistics
         if not (self.training and torch.is_grad_enabled()):
-            return torch.cat([self.model(self.prepare(part)) for part in x.split(self.chunk)])
-        return torch.cat([self.recomputed(part) for part in x.split(self.chunk)])
+            return torch.cat([self.model(self.prepare(part)) for part in parts])
+        return torch.cat([self.recomputed(part) for part in parts])
 
     def recomputed(self, part: Tensor) -> Tensor:
         def run(part: Tensor) -> Tensor:
@@ -77,15 +78,21 @@ class Encoder(nn.Module):
 
         return checkpoint(run, part, use_reentrant=False, context_fn=contexts)
 
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """timm's names of the stages, shallow to deep, as `out_indices` counts them; none where the model has none."""
+        if not hasattr(self.model, "forward_intermediates"):
+            return ()
+        names = tuple(str(info["module"]) for info in getattr(self.model, "feature_info", ()))
+        return names if len(set(names)) == len(names) else tuple(f"stage{i}" for i in range(len(names)))
+
     def stages(self, x: Tensor) -> list[tuple[str, Tensor]]:
         """Named feature maps [B, C, h, w], shallow to deep; only the last one where the model cannot tell more."""
-        names = [info["module"] for info in getattr(self.model, "feature_info", [])]
-        if hasattr(self.model, "forward_intermediates"):
-            maps = self.model.forward_intermediates(self.prepare(x), intermediates_only=True)
-            return list(
-                zip(names if len(names) == len(maps) else [f"stage{i}" for i in range(len(maps))], maps, strict=True)
-            )
-        return [("last", self.model.forward_features(self.prepare(x)))]
+        names = self.stage_names
+        if not names:
+            return [("last", self.model.forward_features(self.prepare(x)))]
+        maps = self.model.forward_intermediates(self.prepare(x), indices=[*range(len(names))], intermediates_only=True)
+        return list(zip(names, maps, strict=True))
 
 
 @contextlib.contextmanager
@@ -125,7 +132,8 @@ def build(
     name, dot, _ = backbone.partition(".")
     if dot and timm.is_model(name):  # timm's `name.tag` means pretrained weights, which would not be loaded
         raise SslpreError(
-            f"`{backbone}` names pretrained weights, and training starts from scratch", f"--backbone {name}"
+            f"`{backbone}` names pretrained weights, and training starts from scratch without `--init pretrained`",
+            f"--backbone {name}",
         )
     architecture = f"{backbone}_small" if takes_small(backbone, stem, image_size) else backbone
     if not timm.is_model(architecture):

@@ -37,25 +37,30 @@ FACTS = ("architecture", "model_args", "mean", "std", "image_size")  # without t
 NEEDED = "name what `sslpre export` wrote: a .safetensors file or a folder with model.safetensors"
 
 
-def export(encoder: Encoder, facts: dict[str, str], out: Path) -> list[str]:
+def export(encoder: Encoder, facts: dict[str, str], out: Path, stage: str | None = None) -> list[str]:
     """Write `encoder` to `out` and prove that timm opens it; gives back the Python lines that do.
 
     `out` ends in `.safetensors`: one file of timm's own keys. Else a folder of model.safetensors and config.json, also
     for `num_classes=N` and `features_only=True`. facts: metadata, added to what the encoder itself knows.
-    Raises SslpreError: exit 2 if `out` exists or is of another kind, 3 if it cannot be written, 10 for weights that are
-    not finite, 1 if the proof fails; nothing is left behind then.
+    stage: a number as in timm's `out_indices`, or a stage's name. The file has all weights all the same; it says which
+    stage was meant, and the lines compute that stage's map in place of the output.
+    Raises SslpreError: exit 2 if `out` exists or is of another kind, or there is no such stage, 3 if it cannot be
+    written, 10 for weights that are not finite, 1 if the proof fails; nothing is left behind then.
     """
     if out.exists() or out.is_symlink():
         raise SslpreError(f"`{out}` exists", "name another OUT, or remove it first")
     if out.suffix.lower() in FOREIGN and out.suffix != ".safetensors":
         plain = shlex.quote(str(out.with_suffix(".safetensors")))
         raise SslpreError(f"cannot write `{out.suffix}` files", f"sslpre export {plain}")
-    lines = usage(encoder, out)
+    number = None if stage is None else stage_number(encoder, stage)
+    if number is not None:
+        facts = facts | {"stage": str(number), "stage_name": encoder.stage_names[number]}
+    lines = usage(encoder, out, number)
     missing = [parent for parent in out.parents if not parent.exists()]  # the deepest first
     try:
         write(encoder, facts, out)
         try:
-            prove(encoder, lines, out)
+            prove(encoder, lines, out, number)
         except BaseException:  # Ctrl-C too: what is not proven does not stay
             shutil.rmtree(out) if out.is_dir() else out.unlink()
             raise
@@ -151,7 +156,7 @@ def colours(encoder: Encoder) -> tuple[list[float], list[float]]:
 
 
 def config(encoder: Encoder, facts: dict[str, str]) -> dict[str, Any]:
-    """timm's config.json. Without a licence: weights trained from scratch have the one that their owner gives them."""
+    """timm's config.json. It has a licence where the starting weights had one; others are their owner's to give."""
     mean, std = colours(encoder)
     theirs: dict[str, Any] = encoder.model.pretrained_cfg
     history = {name: fact for name, fact in facts.items() if name not in (*FACTS, "sslpre")}
@@ -170,13 +175,27 @@ def config(encoder: Encoder, facts: dict[str, str]) -> dict[str, Any]:
             "num_classes": 0,
             "first_conv": theirs.get("first_conv"),
             "classifier": theirs.get("classifier"),
+            **{key: facts[name] for key, name in (("license", "licence"), ("origin_url", "origin")) if name in facts},
         },
         "sslpre": {"version": sslpre.__version__, **history},
     }
 
 
-def usage(encoder: Encoder, out: Path) -> list[str]:
-    """Python lines that open `out` with timm and compute `features` of `images`."""
+def stage_number(encoder: Encoder, stage: str) -> int:
+    """Where a stage, named or numbered, stands in timm's `out_indices`. Raises SslpreError (exit 2)."""
+    names = encoder.stage_names
+    if not names:
+        raise SslpreError(f"`{encoder.architecture}` does not give its stages", "sslpre export OUT, without --stage")
+    if stage in names:
+        return names.index(stage)
+    if stage.isdecimal() and int(stage) < len(names):
+        return int(stage)
+    known = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+    raise SslpreError(f"`{encoder.architecture}` has no stage `{stage}`", f"--stage N or NAME, of {known}")
+
+
+def usage(encoder: Encoder, out: Path, stage: int | None = None) -> list[str]:
+    """Python lines that open `out` with timm and compute `features` of `images`: the output, or the map of a stage."""
     mean, std = colours(encoder)
     size = encoder.image_size
     lines = ["import timm", "import torch"]
@@ -184,25 +203,41 @@ def usage(encoder: Encoder, out: Path) -> list[str]:
         lines.append(f"import sslpre.timm  # registers {encoder.architecture}, which plain timm does not have")
     if out.suffix == ".safetensors":
         arguments = "".join(f", {name}={value!r}" for name, value in encoder.model_args.items())
-        arguments += f", checkpoint_path={str(out)!r}"
+        if stage is None:
+            arguments += f", checkpoint_path={str(out)!r}"
+        else:  # checkpoint_path is read after `features_only` has renamed and cut off layers, this before
+            arguments += f", pretrained=True, pretrained_cfg_overlay=dict(file={str(out)!r}, num_classes=0"
+            arguments += f", custom_load=False), features_only=True, out_indices=({stage},)"
         lines.append(f"model = timm.create_model({encoder.architecture!r}, num_classes=0{arguments})")
     else:
-        name = f"local-dir:{out}"
-        lines.append(f"model = timm.create_model({name!r}, pretrained=True)  # num_classes=10 for a new head")
+        what = "" if stage is None else f", features_only=True, out_indices=({stage},)"
+        note = "  # num_classes=10 for a new head" if stage is None else ""
+        lines.append(f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True{what}){note}")
+    of_stage = "" if stage is None else "[0]" + (".permute(0, 3, 1, 2)" if channels_last(encoder, stage) else "")
+    features = f"model.eval()((images - mean) / std){of_stage}"
     return [
         *lines,
         f"mean = torch.tensor({mean}).view(3, 1, 1)",
         f"std = torch.tensor({std}).view(3, 1, 1)",
         "with torch.inference_mode():",
-        f"    features = model.eval()((images - mean) / std)  # images: float RGB [N, 3, {size}, {size}] in [0, 1]",
+        f"    features = {features}  # images: float RGB [N, 3, {size}, {size}] in [0, 1]",
     ]
 
 
-def prove(encoder: Encoder, lines: list[str], out: Path) -> None:
+def channels_last(encoder: Encoder, stage: int) -> bool:
+    """Does timm's `features_only` network give maps as [N, H, W, C]? Swin's does."""
+    with torch.device("meta"):
+        network = timm.create_model(
+            encoder.architecture, num_classes=0, features_only=True, out_indices=(stage,), **encoder.model_args
+        )
+    return getattr(network, "output_fmt", None) == "NHWC"
+
+
+def prove(encoder: Encoder, lines: list[str], out: Path, stage: int | None = None) -> None:
     """Run `lines` in a fresh process on 8 random images and compare with the encoder. Raises SslpreError (exit 1)."""
     side = encoder.image_size
     images = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))
-    mine = own_features(encoder, images)
+    mine = own_features(encoder, images, stage)
     with tempfile.TemporaryDirectory() as folder:
         there, back = (os.path.join(folder, name) for name in ("images.safetensors", "features.safetensors"))
         safetensors.torch.save_file({"images": images}, there)
@@ -210,7 +245,7 @@ def prove(encoder: Encoder, lines: list[str], out: Path) -> None:
             "from safetensors.torch import load_file, save_file",
             f"images = load_file({there!r})['images']",
             *lines,
-            f"save_file({{'features': features.clone()}}, {back!r})",
+            f"save_file({{'features': features.contiguous().clone()}}, {back!r})",
         ]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         try:
@@ -234,12 +269,14 @@ def prove(encoder: Encoder, lines: list[str], out: Path) -> None:
         raise unproven(out, f"timm's features differ from the encoder's by {apart:.1e}")
 
 
-def own_features(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
-    """Features in evaluation mode, on the CPU; the encoder's modes are as before afterwards."""
+def own_features(encoder: Encoder, images: torch.Tensor, stage: int | None) -> torch.Tensor:
+    """The output or the map of a stage in evaluation mode, on the CPU; the encoder's modes are as before afterwards."""
     modes = [(part, part.training) for part in encoder.modules()]
     try:
         with torch.inference_mode():
-            return encoder.eval()(images.to(encoder.mean.device)).float().cpu()
+            encoder.eval()
+            images = images.to(encoder.mean.device)
+            return (encoder(images) if stage is None else encoder.stages(images)[stage][1]).float().cpu()
     finally:
         for part, mode in modes:
             part.training = mode

@@ -72,7 +72,11 @@ class Objective(nn.Module):
     All state that must survive is a parameter, buffer or submodule made in `__init__`. `loss` never writes a buffer: it
     leaves the value in a plain attribute and `after_step` writes it, so a step not taken touches nothing. Where a batch
     comes in parts (`train.micro_batch`), `loss` runs once a part before `after_step` runs once: gather values in
-    a list, and let `after_step` reduce and empty it.
+    a list, and let `after_step` reduce and empty it. Such attributes are the objective's own, not a submodule's: where
+    memory runs out, the loop puts them back and takes the step again.
+
+    Of several processes each has a part of the batch. A loss that couples its images calls `ops.ranks.gather` on what
+    it compares and is computed alike in all of them, for the whole batch; the loop averages the gradients.
     """
 
     views: ClassVar[range] = range(1, 2)  # how many views a recipe may give

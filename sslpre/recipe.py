@@ -62,6 +62,7 @@ class EncoderTable(Table):
     backbone: str = "auto"
     stem: Literal["auto", "timm", "small"] = "auto"
     image_size: Annotated[int, Field(ge=8, le=4096)] | Auto = "auto"
+    init: str = ""  # where the weights start: "" fresh, "pretrained" timm's, or the path of a file, an export or a run
     mean: tuple[Unit, Unit, Unit] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
         0.229,
@@ -84,7 +85,10 @@ class OptimTable(Table):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     trust: Annotated[float, Field(gt=0)] = 0.001
-    warmup: Unit = 0.1
+    warmup: Unit | Auto = "auto"  # share of the run in which the rate rises
+    nesterov: bool = False  # of sgd only
+    steps: tuple[Unit, ...] = ()  # shares of the run after which the rate falls by `factor`; none: half a cosine
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 class TrainTable(Table):

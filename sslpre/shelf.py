@@ -1,21 +1,37 @@
-"""The recipes that ship with the package, read without importing anything heavy."""
+"""Recipes by name: those that ship with sslpre, then those of plug-ins; read without importing anything heavy."""
 
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 
 def folder() -> Traversable:
-    """Where the recipes lie: `sslpre/recipes` in an installed wheel, `recipes` beside the package in a checkout."""
+    """Where our recipes lie: `sslpre/recipes` in an installed wheel, `recipes` beside the package in a checkout."""
     installed = files("sslpre") / "recipes"
     return installed if installed.is_dir() else files("sslpre") / ".." / "recipes"
 
 
-def names() -> list[str]:
+def recipe_files() -> dict[str, Path]:
+    """Files of plug-ins' recipes by name. Imported here, because the search for packages costs as much as the rest."""
+    from sslpre import plugins
+
+    return plugins.recipe_files()
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that ship with sslpre."""
     return sorted(entry.name.removesuffix(".toml") for entry in folder().iterdir() if entry.name.endswith(".toml"))
 
 
+def names() -> list[str]:
+    """Names of all recipes, ours and those of installed plug-ins."""
+    return sorted({*shipped(), *recipe_files()})
+
+
 def text(name: str) -> str:
-    return (folder() / f"{name}.toml").read_text(encoding="utf-8")
+    """A recipe's text. Where a plug-in has one of the same name, it is ours."""
+    ours = folder() / f"{name}.toml"
+    return (ours if ours.is_file() else recipe_files()[name]).read_text(encoding="utf-8")
 
 
 def headline(name: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.register_assert_rewrite("sslpre.contract")
 torch.set_num_threads(1)
 
 

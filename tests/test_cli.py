@@ -9,10 +9,12 @@ import pytest
 
 from sslpre import __version__
 from sslpre.cli import app
+from sslpre.cli.pretrain import look
 from sslpre.cli.words import number, one_of, whole
 from sslpre.errors import SslpreError
+from sslpre.shelf import names
 
-VERBS = ("pretrain", "probe", "export", "recipes")
+VERBS = ("pretrain", "probe", "export", "import", "recipes")
 NEAR = "sslpre pretrain simclr ./images"
 
 
@@ -37,7 +39,9 @@ def test_help(run_cli):
     assert "..." not in done.out.partition("Commands:")[2], "a summary is cut short"
 
 
-@pytest.mark.parametrize(("verb", "most"), [("", 24), ("pretrain", 40), ("probe", 26), ("export", 24), ("recipes", 24)])
+@pytest.mark.parametrize(
+    ("verb", "most"), [("", 24), ("pretrain", 30), ("probe", 26), ("export", 24), ("import", 24), ("recipes", 24)]
+)
 def test_help_fits_one_screen_and_shows_an_example(run_cli, verb, most):
     done = run_cli(*filter(None, [verb]), "--help")
     lines = done.out.splitlines()
@@ -49,8 +53,8 @@ def test_help_fits_one_screen_and_shows_an_example(run_cli, verb, most):
 
 def test_help_names_every_flag_of_pretrain(run_cli):
     text = run_cli("pretrain", "--help").out
-    flags = "set backbone image-size epochs batch-size lr out seed device workers precision compile resume max-bad json"
-    for flag in flags.split():
+    flags = "set backbone init image-size epochs batch-size lr seed precision compile max-bad out resume device"
+    for flag in [*flags.split(), "workers", "json"]:
         assert f"  --{flag} " in text
     assert "auto|cpu|cuda|mps" in text
     assert "auto|bf16|fp32" in text
@@ -151,6 +155,34 @@ def test_version(run_cli):
         ("export a b", "too many words for `sslpre export`: `b`", "sslpre export --help"),
         ("recipes simclrr", "no recipe `simclrr`", "did you mean sslpre recipes simclr?"),
         ("recipes zzz", "no recipe `zzz`", "sslpre recipes"),
+        ("pretrain simclr --init", "`--init` needs a value", "sslpre pretrain --help shows what it takes"),
+        (
+            "pretrain simclr --init pretraned",
+            "`--init pretraned`: there is no such file or run",
+            "did you mean --init pretrained?",
+        ),
+        (
+            "pretrain simclr --init x.pth",
+            "`--init x.pth`: there is no such file or run",
+            "write --init pretrained, or --init PATH of a run, an export or a .safetensors file",
+        ),
+        (
+            "pretrain --resume last --init pretrained",
+            "`--resume last` goes on with a run as it was begun, so `--init` cannot be given",
+            "sslpre pretrain --resume last",
+        ),
+        ("import", "OLD is missing", "sslpre import --help shows an example"),
+        (
+            "import a/old.pth.tar",
+            "`-o` is missing: the file to write",
+            "sslpre import a/old.pth.tar -o old.safetensors",
+        ),
+        ("import old.pth -o new.safetensors", "there is no file `old.pth`", "name the file to import"),
+        (
+            "import old.pth new.safetensors",
+            "`sslpre import` takes one word, and the file to write after -o",
+            "sslpre import old.pth -o new.safetensors",
+        ),
         ("recipes simclr more", "too many words for `sslpre recipes`: `more`", "sslpre recipes --help"),
     ],
 )
@@ -184,7 +216,10 @@ def test_hints_can_be_pasted(run_cli, tmp_path):
         (["pretrain", "--resume", ""], "--resume"),
         (["probe", ""], "RUN"),
         (["probe", "--data", ""], "--data"),
+        (["pretrain", "simclr", "--init", ""], "--init"),
         (["export", ""], "OUT"),
+        (["import", ""], "OLD"),
+        (["import", "x.pth", "-o", ""], "-o"),
         (["export", "e.safetensors", "--run", ""], "--run"),
     ],
 )
@@ -227,7 +262,8 @@ def test_recipes(run_cli):
     done = run_cli("recipes")
     assert done.code == 0
     assert done.err == ""
-    assert [line.split()[0] for line in done.out.splitlines()] == ["simclr", "simclr-cifar", "simclr-imagenet"]
+    assert [line.split()[0] for line in done.out.splitlines()] == sorted(names())
+    assert "simclr" in names()
     assert max(map(len, done.out.splitlines())) < 120
     one = run_cli("recipes", "simclr").out
     assert one.startswith("# SimCLR on any folder")
@@ -297,7 +333,7 @@ def test_ctrl_c(run_cli, monkeypatch, verb):
 def test_what_the_machine_lacks_is_no_mistake_of_ours(run_cli, monkeypatch, error, message, hint):
     broken(monkeypatch, error)
     monkeypatch.setattr("sslpre.cli.discard_output", lambda: None)  # stdout is pytest's
-    told_error, told_hint = told(run_cli("recipes"), code=3)
+    told_error, told_hint = told(run_cli("recipes"), code=12 if message == "out of memory" else 3)
     assert told_error == message
     assert hint in told_hint
 
@@ -307,7 +343,7 @@ def test_out_of_memory_while_pretraining_asks_for_a_smaller_batch(run_cli, monke
         raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
 
     monkeypatch.setattr("sslpre.cli.pretrain.look", full)
-    _, hint = told(run_cli("pretrain", "simclr"), code=3)
+    _, hint = told(run_cli("pretrain", "simclr"), code=12)
     assert "--batch-size" in hint
     assert "--set train.micro_batch=" in hint
 
@@ -363,9 +399,36 @@ def test_words():
 
 
 def test_every_command_has_a_runnable_example():
-    assert {command.callback.__name__ for command in app.registered_commands} == set(VERBS)
-    for command in app.registered_commands:
-        assert f"sslpre {command.callback.__name__}" in command.callback.__doc__
+    commands = {command.name: command.callback for command in app.registered_commands}
+    assert set(commands) == set(VERBS)
+    for name, callback in commands.items():
+        assert f"sslpre {name}" in callback.__doc__
+
+
+def test_a_pickle_is_not_started_from(run_cli, tmp_path):
+    (tmp_path / "my net.pth.tar").write_bytes(b"")
+    assert told(run_cli("pretrain", "simclr", "--init", "my net.pth.tar"), code=5) == (
+        "`--init my net.pth.tar` is not opened as it is: such files can run any code",
+        "sslpre import 'my net.pth.tar' -o 'my net.safetensors'",
+    )
+
+
+def test_a_start_is_kept_under_its_whole_path(run_cli, tmp_path, monkeypatch):
+    """So that the run's recipe finds it from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.safetensors").write_bytes(b"")
+    (tmp_path / "runs" / "simclr-1").mkdir(parents=True)
+    (tmp_path / "runs" / "simclr-1" / "recipe.toml").write_text("")
+    for word, kept in {
+        "e.safetensors": tmp_path / "e.safetensors",
+        "simclr-1": tmp_path / "runs" / "simclr-1",
+        "last": tmp_path / "runs" / "simclr-1",
+        "pretrained": "pretrained",
+        "timm:resnet18.a1_in1k": "timm:resnet18.a1_in1k",
+    }.items():
+        keys = {"encoder.init": word}
+        look({"RECIPE": "simclr", "IMAGES": None, "--set": None}, keys, None)
+        assert keys == {"encoder.init": str(kept)}
 
 
 BARE = """

@@ -83,7 +83,7 @@ def test_on_the_sample_set_it_ends_by_probing_itself(run_cli, monkeypatch):
     from sslpre.data import sample
 
     few = partial(sample.sample, count=200)
-    monkeypatch.setattr("sslpre.train.run.sample", few)
+    monkeypatch.setattr("sslpre.train.build.sample", few)
     monkeypatch.setattr("sslpre.data.sample.sample", few)
     done = run_cli("pretrain", "simclr", *SMALL)
     assert done.code == 0, done.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from sslpre.data import BadImage
-from sslpre.data.decode import decode, header_size, to_canvas
+from sslpre.data.decode import decode, header_grey, header_size, to_canvas
 
 # Pillow's remarks on damaged metadata; outside pytest, which resets the filters, sslpre.data.decode silences them
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
@@ -144,6 +146,62 @@ def test_16_bit_colour_key_png(tmp_path):
 ])  # fmt: skip
 def test_32_bit_values(write, dtype, values, expected):
     assert decode(write(np.array([values], dtype), "v.tif"))[0, :, 0].tolist() == expected
+
+
+def tiff(pixels: np.ndarray, order: str = "<", **tags: list[int]) -> bytes:
+    """An uncompressed TIFF of 16-bit planes [c, h, w], in strips of two rows; `tags` such as `t262=[0]` replace."""
+    channels, h, w = pixels.shape
+    strips = [plane[y : y + 2].astype(order + "u2").tobytes() for plane in pixels for y in range(0, h, 2)]
+    starts = np.cumsum([8, *map(len, strips)]).tolist()
+    entries = {
+        256: [w],
+        257: [h],
+        258: [16] * channels,
+        259: [1],
+        262: [2],
+        273: starts[:-1],
+        277: [channels],
+        278: [2],
+    }
+    entries |= {279: [len(strip) for strip in strips], 284: [2], **{int(key[1:]): tags[key] for key in tags}}
+    behind, fields, more = starts[-1] + 6 + 12 * len(entries), b"", b""
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"{order}{len(values)}{'I' if tag in (273, 279) else 'H'}", *values)
+        if len(packed) > 4:
+            packed, more = struct.pack(order + "I", behind + len(more)), more + packed
+        fields += struct.pack(order + "HHI", tag, 4 if tag in (273, 279) else 3, len(values)) + packed.ljust(4, b"\0")
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, starts[-1])
+    return head + b"".join(strips) + struct.pack(order + "H", len(entries)) + fields + bytes(4) + more
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_16_bit_planes_one_after_another(tmp_path, order):
+    """Pillow takes them for 8 bits and says nothing."""
+    path, pixels = tmp_path / "p.tif", np.random.default_rng(0).integers(0, 65536, (3, 7, 5), dtype=np.uint16)
+    expected = np.rint(pixels.transpose(1, 2, 0) / 65535 * 255)
+    path.write_bytes(tiff(pixels, order))
+    assert np.array_equal(decode(path), expected)
+    path.write_bytes(tiff(pixels, order, t274=[6]))
+    assert np.array_equal(decode(path), np.rot90(expected, -1))
+    assert header_size(path) == (5, 7)
+    path.write_bytes(tiff(pixels, order, t274=[9]))
+    assert np.array_equal(decode(path), expected)
+    for size in (17, 20):
+        path.write_bytes(tiff(pixels, order, t279=[size] * 12))
+        assert bad(path) == "damaged: its strips hold more or fewer pixels than its header says"
+    path.write_bytes(tiff(pixels, order, t273=[*range(8, 228, 20), 10_000]))
+    assert bad(path) == "truncated"
+    for tags in ({"t262": [5]}, {"t258": [16, 16, 12]}):
+        path.write_bytes(tiff(pixels, order, **tags))
+        assert bad(path).startswith("of a kind that Pillow does not read"), tags
+
+
+def test_signed_8_bit_tiff(tmp_path, write):
+    values = np.array([[-128, -1, 0, 127]], np.int8)
+    path = write(values.view(np.uint8), "s.tif", tiffinfo={339: 2})
+    assert decode(path)[0, :, 0].tolist() == [0, 127, 128, 255]
+    path = write(np.array([[0, 1, 127]], np.uint8), "s.tif", tiffinfo={339: 2})
+    assert decode(path)[0, :, 0].tolist() == [0, 1, 127]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -344,9 +402,89 @@ def test_truncated_jpeg_says_so(write):
     assert bad(path) == "truncated"
 
 
+def test_a_palette_that_is_missing(tmp_path):
+    (tmp_path / "p.png").write_bytes(png(2, 1, 8, 3, b"\0\1\2"))
+    assert bad(tmp_path / "p.png").startswith("damaged")
+
+
+@pytest.mark.parametrize("at", [20, 30, 100, 180])
+def test_a_header_that_ends_early_is_truncated_and_not_nonsense(write, at):
+    path = write(smooth(32, 48), "h.jpg", quality=95)
+    path.write_bytes(path.read_bytes()[:at])
+    assert bad(path) == "truncated"
+    with pytest.raises(BadImage, match="truncated"):
+        header_size(path)
+
+
+def test_a_webp_is_held_to_the_length_that_it_gives(write):
+    path = write(smooth(32, 48), "w.webp", lossless=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    assert bad(path) == "truncated"
+    path.write_bytes(whole + b"more")
+    assert np.array_equal(decode(path), smooth(32, 48))
+    path.write_bytes(whole[:12] + bytes(len(whole) - 12))
+    assert bad(path).startswith("damaged")
+
+
+def test_what_pillow_logs_of_a_file_is_not_printed(tmp_path, run_python):
+    """It is said as the reason; logging's last resort would print it a second time, across a progress bar."""
+    data = tiff(np.zeros((3, 2, 2), np.uint16), t277=[99])
+    (tmp_path / "many.tif").write_bytes(data)
+    assert run_python(tmp_path / "many.tif") == ""
+
+
+@pytest.fixture
+def run_python(child):
+    def run(path: Path) -> str:
+        code = (
+            "import sys\nfrom sslpre.data import BadImage\nfrom sslpre.data.decode import decode\n"
+            "try:\n    decode(sys.argv[1])\nexcept BadImage as error:\n    assert error.reason\nelse:\n    sys.exit(1)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, path], env=child, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+GREYS, REDS = np.repeat(np.arange(64)[::-1, None] * 3, 3, 1).astype(np.uint8), np.array([[9, 0, 0]] * 64, np.uint8)
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.gif", "p.bmp", "p.tif"])
+def test_grey_palettes_by_the_header(write, name, monkeypatch):
+    image = Image.frombytes("P", (8, 8), np.arange(64, dtype=np.uint8).tobytes())
+    for palette, grey in ((GREYS, True), (REDS, False)):
+        image.putpalette(palette.tobytes())
+        path = write(image, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", None)  # the pixels stay where they are
+            assert header_grey(path) is grey
+
+
+@pytest.mark.parametrize("name", "1.png 1.tif 1.bmp L.png L.jpg L.tif L.bmp LA.png LA.tif I;16.png I.tif F.tif".split())
+def test_grey_by_the_header(write, name):
+    mode = name.split(".")[0]
+    image = Image.fromarray(noise(8, 8))
+    assert header_grey(write(image.convert("I").convert(mode) if mode[0] in "IF" else image.convert(mode), name))
+
+
+@pytest.mark.parametrize("name", "RGB.png RGB.jpg RGB.webp RGB.gif CMYK.jpg CMYK.tif RGBA.png YCbCr.tif".split())
+def test_colour_by_the_header(write, name):
+    assert not header_grey(write(Image.fromarray(noise(8, 8, 3)).convert(name.split(".")[0]), name))
+
+
+def test_grey_of_a_damaged_header(tmp_path):
+    (tmp_path / "z.jpg").touch()
+    with pytest.raises(BadImage, match="zero bytes"):
+        header_grey(tmp_path / "z.jpg")
+
+
 def test_what_is_said_of_other_files(tmp_path, write):
     (tmp_path / "zero.jpg").touch()
     assert bad(tmp_path / "zero.jpg") == "zero bytes"
+    (tmp_path / "sound.webp").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
+    assert bad(tmp_path / "sound.webp").startswith("not a JPEG, PNG")
     (tmp_path / "text.png").write_text("<html>404</html>")
     assert bad(tmp_path / "text.png").startswith("not a JPEG, PNG")
     assert bad(tmp_path / "gone.jpg") == "the file has vanished"
@@ -427,6 +565,11 @@ def test_damaged_files_raise_only_bad_image(tmp_path, name, changes, early, cut,
     assert pixels.shape[2:] == (3,)
     if side is None:
         assert header_size(path) == pixels.shape[:2]
+    try:
+        grey = header_grey(path, max_pixels=1_000_000)
+    except BadImage:
+        return  # a palette that is cut
+    assert not grey or (pixels == pixels[:, :, :1]).all()
 
 
 def test_threads_agree_with_one(tmp_path):

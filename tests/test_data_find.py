@@ -95,6 +95,17 @@ def test_symlink_loops_end_and_links_are_followed(tmp_path):
     assert found.skipped == {"broken link": 2}
 
 
+def test_every_name_of_a_file_counts(tmp_path):
+    """Labels come from names, so the same file may be an image of two classes; a copy of the folder is the same set."""
+    make(tmp_path / "one", "cat/1.jpg", "dog/2.jpg")
+    os.link(tmp_path / "one/cat/1.jpg", tmp_path / "one/dog/1.jpg")
+    (tmp_path / "one/dog/3.jpg").symlink_to(tmp_path / "one/cat/1.jpg")
+    make(tmp_path / "two", "cat/1.jpg", "dog/2.jpg", "dog/1.jpg", "dog/3.jpg")
+    one, two = find(tmp_path / "one").train, find(tmp_path / "two").train
+    assert names(one) == names(two) == [b"cat/1.jpg", b"dog/1.jpg", b"dog/2.jpg", b"dog/3.jpg"]
+    assert one.fingerprint == two.fingerprint
+
+
 def test_things_that_are_not_files(tmp_path):
     make(tmp_path, "x.jpg/inner.png")
     (tmp_path / "empty.jpg").mkdir()
@@ -165,8 +176,12 @@ def test_subset(tmp_path):
     Image.new("RGB", (5, 7), (1, 2, 3)).save(tmp_path / "b/5.jpg", "PNG")
     assert part.size(0) == (7, 5)
     assert part.read(0).tolist() == [[[1, 2, 3]] * 5] * 7
-    with pytest.raises(BadImage):
-        part.read(1)
+    assert part.grey(0) is source.grey(11) is False
+    Image.new("L", (5, 7), 3).save(tmp_path / "a/0.jpg", "PNG")
+    assert part.grey(1) is source.grey(0) is True
+    for ask in (part.read, part.size, part.grey):
+        with pytest.raises(BadImage):
+            ask(2)
     with pytest.raises(IndexError):
         subset(source, np.array([12]))
 

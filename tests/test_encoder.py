@@ -64,6 +64,25 @@ def test_stem(backbone, stem, image_size, architecture):
         assert [info["reduction"] for info in network.model.feature_info] == [1, 1, 2, 4, 8]
 
 
+@pytest.mark.parametrize(
+    "backbone, names",
+    [
+        ("test_resnet", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("test_vit", [f"blocks.{at}" for at in range(6)]),
+        ("test_convnext", ["stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("efficientnet_b0", ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"]),
+    ],
+)
+def test_stages_have_timms_names_in_the_order_of_out_indices(backbone, names):
+    network = build(backbone, image_size=32).eval()
+    x = torch.rand(2, 3, 32, 32)
+    stages = network.stages(x)
+    assert [name for name, _ in stages] == list(network.stage_names) == names
+    for number, (_, one) in enumerate(stages):
+        (alone,) = network.model.forward_intermediates(network.prepare(x), indices=[number], intermediates_only=True)
+        assert torch.equal(one, alone) and one.ndim == 4
+
+
 def test_the_small_names_are_the_backbones_with_one_7x7_convolution():
     for name in encoder.small_stems:
         with torch.device("meta"):

@@ -82,6 +82,61 @@ def test_the_printed_lines_open_it(name, out, tmp_path):
     assert [path.name for path in (tmp_path / out).parent.iterdir()] == [(tmp_path / out).name]  # no temporary is left
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "stage", "number", "out"),
+    [
+        ("resnet18_small", 32, "layer2", 2, "encoder.safetensors"),
+        ("test_resnet", 32, "3", 3, "enc"),
+        ("test_vit", 32, "blocks.2", 2, "encoder.safetensors"),
+        ("test_vit", 32, "0", 0, "enc"),
+        ("test_convnext", 32, "stages.1", 1, "encoder.safetensors"),
+        ("test_efficientnet", 32, "4", 4, "enc"),
+    ],
+)
+def test_a_stage_is_opened_by_the_printed_lines(name, side, stage, number, out, tmp_path):
+    network = encoder(name, side).train()
+    lines = export(network, FACTS, tmp_path / out, stage)  # the proof compares the map with the encoder's own
+    assert network.training
+    assert sum(f"features_only=True, out_indices=({number},)" in line for line in lines) == 1
+    opened, facts = open_encoder(tmp_path / out)
+    assert (facts["stage"], facts["stage_name"]) == (str(number), network.stage_names[number])
+    if out == "enc":
+        written = json.loads((tmp_path / "enc" / "config.json").read_text())["sslpre"]
+        assert (written["stage"], written["stage_name"]) == (str(number), network.stage_names[number])
+    images = torch.rand(2, 3, side, side)
+    torch.testing.assert_close(features(opened, images), features(network, images))  # the weights are all there
+    torch.testing.assert_close(opened.stages(images)[number][1], network.stages(images)[number][1])
+
+
+def test_a_map_with_channels_last_is_turned(tmp_path):
+    network = build("swin_tiny_patch4_window7_224", image_size=32, mean=MEAN, std=STD)
+    (line,) = (line for line in module.usage(network, tmp_path / "enc", 1) if "features =" in line)
+    assert "[0].permute(0, 3, 1, 2)" in line
+    assert not module.channels_last(encoder("test_vit"), 1) and not module.channels_last(encoder(), 1)
+
+
+@pytest.mark.parametrize("stage", ["5", "-1", "layer9", "1.0", "²"])
+def test_a_stage_that_is_not_there(stage, tmp_path):
+    with pytest.raises(SslpreError) as error:
+        export(encoder(), FACTS, tmp_path / "enc", stage)
+    assert error.value.code == 2 and f"no stage `{stage}`" in error.value.message
+    assert error.value.hint == "--stage N or NAME, of 0 act1, 1 layer1, 2 layer2, 3 layer3, 4 layer4"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_map_is_not_called_proven(tmp_path, monkeypatch):
+    """The lines of another stage, of the same shape."""
+    real = module.usage
+    monkeypatch.setattr(module, "usage", lambda encoder, out, stage: real(encoder, out, stage + 1))
+    assert "differ from the encoder's by" in reason(1, export, encoder("test_vit"), FACTS, tmp_path / "enc", "2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_stage_none_is_recorded(tmp_path):
+    write_file(encoder(), FACTS, tmp_path / "encoder.safetensors")
+    assert "stage" not in open_encoder(tmp_path / "encoder.safetensors")[1]
+
+
 def test_plain_timm_refuses_a_small_stem(tmp_path):
     write_folder(encoder("resnet18_small"), FACTS, tmp_path / "enc")
     write_file(encoder("resnet18_small"), FACTS, tmp_path / "enc.safetensors")
@@ -110,7 +165,7 @@ for arguments in (dict(model_name="local-dir:enc", pretrained=True),
     ],
 )
 def test_what_does_not_prove_itself_is_removed(out, lines, why, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "usage", lambda encoder, out: lines)
+    monkeypatch.setattr(module, "usage", lambda encoder, out, stage: lines)
     assert why in reason(1, export, encoder(), FACTS, tmp_path / out)
     assert not list(tmp_path.iterdir())
 
@@ -202,7 +257,7 @@ def test_a_file_in_the_way_of_the_folder(tmp_path):
 
 def test_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr(module, "usage", lambda encoder, out: ["raise RuntimeError('timm says no')"])
+    monkeypatch.setattr(module, "usage", lambda encoder, out, stage: ["raise RuntimeError('timm says no')"])
     for name in ("new/deep/e.safetensors", "new/deep/enc", "mine/new/enc"):
         reason(1, export, encoder(), FACTS, tmp_path / name)
 

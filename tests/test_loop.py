@@ -21,8 +21,11 @@ from sslpre.data.find import find, subset
 from sslpre.data.sample import sample
 from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Epoch, Loss, Objective, Setup
+from sslpre.recipe import OptimTable
 from sslpre.train import checkpoint, loop, optim
 from sslpre.train import run as runs
+from sslpre.train.build import build
+from sslpre.train.step import micro_batches
 from sslpre.views import draw
 from sslpre.views.build import centre
 
@@ -150,7 +153,7 @@ FEW = dataclasses.replace(sample(), train=subset(sample().train, np.arange(20)))
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """The toys stand in the table of methods while a test runs; every step writes its metrics."""
-    monkeypatch.setattr(loop, "LOG_STEPS", 1)
+    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "table", room.table | TOYS)
         room.methods.cache_clear()
@@ -169,7 +172,7 @@ def start(name, folder, found=FEW, **tables) -> loop.Run:
         "train": {"epochs": 4, "batch_size": 8, "precision": "fp32"},
     }
     recipe = recipes.parse(plain | {table: plain[table] | keys for table, keys in tables.items()}, "toy")
-    return runs.build(folder, recipe, found, torch.device("cpu"), runs.Options(workers=1))
+    return build(folder, recipe, found, torch.device("cpu"), 1)
 
 
 def train(*arguments, **tables) -> loop.Run:
@@ -322,7 +325,7 @@ def test_a_loss_that_does_not_couple_takes_any_micro_batch(name, tmp_path):
     plain = {"encoder": {"backbone": "test_vit"}, "optim": {"name": "sgd", "lr": 0.05}}
     new = start(name, tmp_path / "new", **plain).objective.state_dict()
     whole, parts = (train(name, tmp_path / str(m), train={"epochs": 2, "micro_batch": m}, **plain) for m in (0, 3))
-    sizes = [len(batch.index) for batch in loop.micro_batches(parts, next(iter(parts.stream.epoch(0))), 0, 0.0)]
+    sizes = [len(batch.index) for batch in micro_batches(parts, next(iter(parts.stream.epoch(0))), 0, 0.0)]
     assert sizes == [3, 3, 2] and parts.objective.encoder.chunk == 0
     end = whole.objective.state_dict()
     assert max((end[key] - new[key]).abs().max() for key in new) > 1e-3
@@ -373,7 +376,7 @@ def test_metrics_after_a_kill_are_those_of_an_unbroken_run(tmp_path, monkeypatch
     loop.train(resumed)
     assert metrics(resumed)[0].keys() == {*keys, "images_per_s", "waiting"}
     first, second = ([[line[key] for key in keys] for line in metrics(run)] for run in (whole, resumed))
-    rates = [optim.rate(i, 8, 0.25) * 1e-2 for i in range(8)]
+    rates = [optim.rate(i, 8, OptimTable(warmup=0.25)) * 1e-2 for i in range(8)]
     assert first == second
     assert [(line[0], line[1], line[4]) for line in first] == [(i + 1, i // 2, rates[i]) for i in range(8)]
     assert first[0][4] == pytest.approx(5e-3) and first[4][4] == pytest.approx(7.5e-3)  # warm-up; a third of the cosine
@@ -381,7 +384,7 @@ def test_metrics_after_a_kill_are_those_of_an_unbroken_run(tmp_path, monkeypatch
 
 def test_a_line_is_the_mean_since_the_line_before(tmp_path, monkeypatch):
     losses = [line["loss"] for line in metrics(train("average", tmp_path / "1"))]
-    monkeypatch.setattr(loop, "LOG_STEPS", 3)
+    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", 3)
     found = [(line["step"], line["loss"]) for line in metrics(train("average", tmp_path / "3"))]
     means = [np.mean(losses[:3]), np.mean(losses[3:6]), np.mean(losses[6:])]
     assert found == [(step, pytest.approx(mean)) for step, mean in zip((3, 6, 8), means, strict=True)]

@@ -75,13 +75,21 @@ def test_lars_moves_vectors_by_plain_sgd():
 
 
 def test_rate_warms_up_and_falls_to_zero():
-    rates = [optim.rate(step, 100, 0.1) for step in range(101)]
+    rates = [optim.rate(step, 100, OptimTable(warmup=0.1)) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert all(a <= b for a, b in itertools.pairwise(rates[:10]))
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-    assert optim.rate(0, 1, 0.1) == 1.0  # a run of one step takes it
+    assert optim.rate(0, 1, OptimTable(warmup=0.1)) == 1.0  # a run of one step takes it
+
+
+def test_the_rate_falls_in_steps():
+    """RotNet on CIFAR-10: ×0.2 after 60, 120 and 160 of 200 epochs, here of 10 steps each."""
+    table = OptimTable(warmup=0.0, steps=(0.3, 0.6, 0.8), factor=0.2)
+    rates = [optim.rate(step, 2000, table) for step in range(2000)]
+    for first, last, expected in ((0, 599, 1.0), (600, 1199, 0.2), (1200, 1599, 0.04), (1600, 1999, 0.008)):
+        assert rates[first] == rates[last] == pytest.approx(expected)
 
 
 class TwoPlayers(nn.Module):

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from sslpre import recipe as recipes
 from sslpre.errors import SslpreError
+from sslpre.start import Start
 from sslpre.train.device import Facts, cpu_has_bf16
-from sslpre.train.plan import resolve
+from sslpre.train.plan import as_begun, learning_rate, resolve
 
 CPU, CPU_BF16 = Facts("cpu", False), Facts("cpu", True)
 H200, LAPTOP = Facts("cuda", True, 140), Facts("cuda", False, 8)
@@ -99,3 +100,84 @@ def test_native_bf16_is_read_from_the_kernel(tmp_path):
 def test_learning_rates(optimiser, batch, lr):
     wanted = recipes.load("simclr", (), {"optim": {"name": optimiser}, "train": {"batch_size": batch}})
     assert resolve(wanted, 100_000, 64, H200).optim.lr == pytest.approx(lr)
+
+
+def begin(architecture="resnet50", stem="timm", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    name = f"{architecture}.a1_in1k"
+    return Start(f"timm:{name}", name, architecture, stem, image_size, mean, std, "mit", "here", {}, 0, {})
+
+
+def started(start, short_side=400, device=H200, **encoder):
+    return resolve(recipes.load("simclr", (), {"encoder": encoder}), 50_000, short_side, device, start)
+
+
+def test_a_start_brings_its_network_colours_and_name():
+    table = started(begin(), init="pretrained", backbone="resnet50.a1_in1k").encoder
+    assert (table.backbone, table.stem, table.image_size) == ("resnet50", "timm", 224)
+    assert table.mean == table.std == (0.5, 0.5, 0.5)
+    assert table.init == "timm:resnet50.a1_in1k"
+    assert started(begin(), device=CPU).encoder.backbone == "resnet50"
+    assert started(begin(), short_side=32).encoder.stem == "timm", "though 32 px would get a small stem"
+
+
+def test_colours_that_a_recipe_names_are_kept():
+    table = started(begin(), mean=[0.1, 0.2, 0.3]).encoder
+    assert table.mean == (0.1, 0.2, 0.3) and table.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "start, named, message, hint",
+    [
+        (begin(), {"backbone": "resnet18"}, "is a resnet50, `--backbone resnet18`", "--backbone resnet50"),
+        (begin("vit_tiny_patch16_224"), {"backbone": "test_vit"}, "is a vit_tiny", "--backbone vit_tiny_patch16_224"),
+        (begin(), {"stem": "small"}, "has timm's own stem", "--set encoder.stem=timm"),
+        (begin(), {"backbone": "resnet50_small"}, "has timm's own stem", "--set encoder.stem=timm"),
+        (begin(stem="small"), {"stem": "timm"}, "has a small stem", "--set encoder.stem=small"),
+        (begin(stem="small"), {"image_size": 96}, "up to 64 px, not `96`", "--image-size 64"),
+    ],
+)
+def test_a_recipe_that_asks_for_another_network_than_the_start(start, named, message, hint):
+    with pytest.raises(SslpreError) as caught:
+        started(start, **named)
+    assert caught.value.code == 2 and message in caught.value.message and caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    "start, short_side, image_size",
+    [
+        (begin("resnet18", "small", 32), 400, 64),
+        (begin("resnet18", "small", 64), 32, 32),
+        (begin("vit_tiny_patch16_224"), 100, 96),
+        (begin("vit_small_patch14_dinov2", image_size=518), 64, 518),  # 64 px are no whole number of its patches
+        (begin("vit_small_patch14_dinov2", image_size=518), 400, 224),
+        (begin("mixer_s32_224"), 64, 224),  # laid out for one size
+        (begin("test_convnext", image_size=160), 64, 64),
+    ],
+)
+def test_the_image_size_is_one_that_the_start_can_take(start, short_side, image_size):
+    assert started(start, short_side).encoder.image_size == image_size
+
+
+def test_a_start_is_trained_gently():
+    fresh, gentle = resolve(recipes.load("simclr"), 50_000, 400, H200), started(begin())
+    assert (fresh.optim.warmup, gentle.optim.warmup) == (0.1, 0.2)
+    for optimiser in ("lars", "sgd", "adamw"):
+        assert learning_rate(optimiser, 256, begin()) == pytest.approx(learning_rate(optimiser, 256) / 10)
+    kept = recipes.load("simclr", (), {"optim": {"lr": 0.5, "warmup": 0.03}})
+    optim = resolve(kept, 50_000, 400, H200, begin()).optim
+    assert (optim.lr, optim.warmup) == (0.5, 0.03)
+
+
+def test_a_resolved_recipe_resolves_to_itself():
+    once = started(begin(stem="small", architecture="resnet18"), backbone="resnet18", init="pretrained")
+    assert resolve(once, 50_000, 400, H200, begin(stem="small", architecture="resnet18")) == once
+
+
+def test_the_same_wish_is_recognised_when_it_is_typed_again():
+    begun = started(begin(), init="pretrained", backbone="resnet50")
+    for named, same in {"resnet50": True, "resnet50.a1_in1k": True, "resnet50.other": False, "resnet18": False}.items():
+        again = as_begun(recipes.load("simclr", (), {"encoder": {"init": "pretrained", "backbone": named}}), begun)
+        assert (again.encoder.backbone == "resnet50") == same
+        assert (again.encoder.init, again.encoder.mean) == (begun.encoder.init, begun.encoder.mean)
+    fresh = recipes.load("simclr")
+    assert as_begun(fresh, begun) is fresh and as_begun(fresh, fresh) is fresh

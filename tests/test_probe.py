@@ -13,12 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from sslpre import probe as probing
 from sslpre.data import BadImage
 from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
 from sslpre.probe import Report, Row, Score, interval, knn, linear, probe
-from sslpre.probe.features import describe, fingerprint, names, random_twin
+from sslpre.probe.features import Layout, chosen, describe, fingerprint, grid, layout, random_twin, readings
+from sslpre.probe.judge import Answers, Judge, best
 
+PLAN = Layout(("a", "b", "c", "d", "output"), (0, 1, 2, 3, None), (1, 1, 1, 1, 1), True, ())
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -120,7 +123,7 @@ def feature_set(kind):
 @pytest.mark.parametrize("kind", ["tall", "wide", "two", "relu"])
 def test_linear_agrees_with_scikit_learn(kind):
     x, y, x_test, y_test, classes = feature_set(kind)
-    mine = linear.search(x, y, classes, seed=0)
+    mine, _ = linear.search(x, y, classes, seed=0)
     standard, standard_test = (((part.double() - mine.mean) / mine.std).numpy() for part in (x, x_test))
     theirs = LogisticRegression(C=mine.strength, tol=1e-8, max_iter=20_000).fit(standard, y.numpy())
     agree = (mine.predict(x_test).numpy() == theirs.predict(standard_test)).mean()
@@ -146,8 +149,8 @@ def test_the_minimum_is_that_of_scikit_learn(kind, strength):
 def test_a_wide_problem_is_solved_exactly_as_the_tall_one():
     """Appending zeros makes the features wider than the images are many, and changes nothing."""
     x, y, x_test, _, classes = feature_set("two")
-    narrow = linear.search(x, y, classes, 0)
-    wide = linear.search(torch.cat([x, torch.zeros(len(x), 400)], 1), y, classes, 0)
+    narrow, _ = linear.search(x, y, classes, 0)
+    wide, _ = linear.search(torch.cat([x, torch.zeros(len(x), 400)], 1), y, classes, 0)
     assert wide.strength == narrow.strength
     torch.testing.assert_close(wide.weight[:30], narrow.weight, atol=0.02 * narrow.weight.abs().max().item(), rtol=0)
     torch.testing.assert_close(wide.weight[30:], torch.zeros_like(wide.weight[30:]), atol=1e-9, rtol=0)
@@ -162,12 +165,12 @@ def test_the_strength_is_the_one_that_generalises():
         [torch.eye(4)[y] + 0.3 * torch.randn(400, 4, generator=draw), torch.randn(400, 300, generator=draw)], 1
     )
     clean = torch.eye(4)[y] @ torch.randn(4, 6, generator=draw) + 0.2 * torch.randn(400, 6, generator=draw)
-    assert linear.search(noisy, y, 4, 0).strength <= 0.1 < linear.search(clean, y, 4, 0).strength
+    assert linear.search(noisy, y, 4, 0)[0].strength <= 0.1 < linear.search(clean, y, 4, 0)[0].strength
 
 
 def test_one_image_per_class_leaves_nothing_to_choose_on():
-    fit = linear.search(torch.eye(5), torch.arange(5), 5, 0)
-    assert fit.strength == 1.0
+    fit, choice = linear.search(torch.eye(5), torch.arange(5), 5, 0)
+    assert fit.strength == 1.0 and choice.held == (0.0, 0.0)
     assert torch.equal(fit.predict(torch.eye(5)), torch.arange(5))
 
 
@@ -183,6 +186,25 @@ def test_knn_agrees_with_scikit_learn(kind, monkeypatch):
     assert (whole.numpy() == theirs).mean() >= 0.99
     monkeypatch.setattr(knn, "CHUNK", 7 * len(x))
     assert torch.equal(knn.predict(x, y, x_test, classes), whole)
+
+
+def test_a_strength_that_was_chosen_is_not_chosen_again():
+    x, y, x_test, _, classes = feature_set("tall")
+    fit, choice = linear.search(x, y, classes, 0)
+    again, same = linear.search(x, y, classes, 0, choice)
+    assert same is choice and again.strength == choice.strength == fit.strength
+    assert (again.predict(x_test) == fit.predict(x_test)).double().mean() >= 0.995
+    other, _ = linear.search(x, y, classes, 0, linear.Choice(1e-5, (0.0, 0.0)))
+    assert other.strength == 1e-5 and other.weight.norm() < 0.5 * fit.weight.norm()
+
+
+def test_held_out_accuracy_is_that_of_the_split():
+    x, y, _, _, classes = feature_set("tall")
+    _, choice = linear.search(x, y, classes, 0)
+    first, second = (torch.from_numpy(rows) for rows in linear.split(y.numpy(), linear.HELD_OUT, 0))
+    standard = linear.scale(x)[0]
+    theirs = LogisticRegression(C=choice.strength, tol=1e-6, max_iter=20_000).fit(standard[first], y[first])
+    assert choice.held[0] == pytest.approx(theirs.score(standard[second], y[second]), abs=0.01)
 
 
 def test_knn_is_a_weighted_vote():
@@ -209,15 +231,80 @@ def test_the_interval_is_that_of_a_proportion():
 # ---- features
 
 
-@pytest.mark.parametrize("name", ["resnet18_small", "test_resnet", "test_vit2", "test_convnext"])
-def test_the_last_features_are_the_encoders_output(name):
+@settings(max_examples=300, deadline=None)
+@given(channels=st.integers(1, 9000), side=st.integers(1, 300))
+def test_the_grid_is_the_largest_of_at_most_4096_numbers(channels, side):
+    found = grid(channels, side)
+    assert 1 <= found <= side
+    assert found == 1 or channels * found**2 <= 4096
+    assert found == side or channels * (found + 1) ** 2 > 4096
+
+
+@given(stages=st.integers(1, 60))
+def test_at_most_six_stages_evenly_spaced_and_the_last(stages):
+    found = chosen(stages)
+    assert len(found) == min(stages, 6) and found[-1] == stages - 1 and found[0] >= 0
+    gaps = np.diff([-1, *found])
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18_small", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("test_resnet", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("test_vit", [f"blocks.{at}" for at in range(6)]),
+        ("vit_tiny_patch16_224", [f"blocks.{at}" for at in (1, 3, 5, 7, 9, 11)]),
+        ("test_convnext", ["stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("test_efficientnet", ["blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4"]),
+        ("mobilenetv3_small_050", ["bn1", "blocks.0", "blocks.1", "blocks.3", "blocks.5"]),
+    ],
+)
+def test_stages_are_named_as_timm_names_them_and_the_output_is_the_encoders(name, stages):
     network = encoder(name, 32).eval()
+    plan = layout(network)
+    assert plan.names == (*stages, "output") and plan.at_once
+    assert [network.stage_names[at] for at in plan.stages[:-1]] == stages and plan.stages[-1] is None
+    assert ("6 of the 12 stages of vit_tiny_patch16_224" in " ".join(plan.notes)) == (name == "vit_tiny_patch16_224")
+    x = torch.rand(3, 3, 32, 32)
     with torch.inference_mode():
-        x = torch.rand(3, 3, 32, 32)
-        found = describe(network, x)
-        torch.testing.assert_close(found[-1], network(x))
-    assert len(found) == len(names(network)) == (4 if "resnet" in name else 1)
-    assert found[-1].shape == (3, network.dim)
+        found = describe(network, plan, x, range(len(plan.names)))
+        torch.testing.assert_close(found[-1], network(x), atol=1e-5, rtol=1e-4)
+        maps = dict(network.stages(x))
+        only = describe(network, plan, x, [1])
+    assert [tuple(one.shape) for one in found] == [(3, dim) for dim in plan.dims] and max(plan.dims) <= 4096
+    torch.testing.assert_close(only[0], found[1])
+    for stage, features in zip(stages, found, strict=False):  # a mean of means over equal cells is the mean
+        side = round((features.shape[1] / maps[stage].shape[1]) ** 0.5)
+        if maps[stage].shape[-1] % side == 0:
+            mean = features.view(3, -1, side * side).mean(2)
+            torch.testing.assert_close(mean, maps[stage].mean((2, 3)), atol=1e-4, rtol=1e-3)
+
+
+def test_an_encoder_without_stages_has_its_output_alone():
+    network = Encoder(Shrink(), "test_vit2", {}, 16, MEAN, STD).eval()
+    plan = layout(network)
+    assert plan.names == ("output",) and plan.dims == (48,) and "its output alone" in plan.notes[0]
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(describe(network, plan, x, [0])[0], network(x))
+    network.model.feature_info = [{"module": "norm"}]
+    network.model.forward_intermediates = lambda x, indices: torch.ones(2) @ torch.ones(3)
+    assert "cannot be read" in layout(network).notes[0] and layout(network).names == ("output",)
+
+
+@settings(max_examples=50, deadline=None)
+@given(images=st.integers(1, 10**6), most=st.integers(1, 2**33), count=st.integers(1, 4))
+def test_features_are_read_in_parts_that_fit(images, most, count):
+    plan = replace(PLAN, dims=(3872, 3872, 3072, 384, 96))
+    encoders = [nn.Identity() for _ in range(count)]
+    parts = list(readings(encoders, plan, images, most))
+    read = [(encoders.index(one), row) for part in parts for one, rows in part for row in rows]
+    assert read == [(at, row) for at in range(count) for row in range(5)]
+    for part in parts:
+        held = [4 * images * plan.dims[row] for _, rows in part for row in rows]
+        assert sum(held) <= most or len(held) == 1
+    if 4 * images * sum(plan.dims) <= most:
+        assert all(len(rows) == 5 for part in parts for _, rows in part), "no encoder is run twice without need"
 
 
 def test_random_weights_get_the_statistics_of_the_images():
@@ -258,7 +345,8 @@ def test_the_hash_sees_parameters_and_buffers():
 
 
 def test_an_encoder_that_changes_itself_is_caught(monkeypatch):
-    network = Encoder(Shrink(moves=True), "test_vit2", {"img_size": 16, "dynamic_img_size": True}, 16, MEAN, STD)
+    network = Encoder(Shrink(moves=True), "shrink", {}, 16, MEAN, STD)
+    monkeypatch.setattr("timm.create_model", lambda name, **arguments: Shrink())
     with pytest.raises(RuntimeError, match="changed while it was probed"):
         run(network, Pictures(np.arange(40) % 2))
 
@@ -288,7 +376,11 @@ def test_noise_is_worth_chance_and_colour_is_found():
     seeing = run(encoder(), Pictures(labels, 0.3), Pictures(test_labels, 0.3, seed=1))
     assert seeing.last("raw pixels").linear.accuracy > 0.95
     assert seeing.beats()["linear"]["chance"] and seeing.beats()["knn"]["chance"]
-    assert [row.weights for row in seeing.rows] == ["encoder", "random weights", "raw pixels"]
+    stages = [f"blocks.{at}" for at in (0, 2, 3, 4, 6, 7)]
+    assert [row.features for row in seeing.rows] == [*stages, "output"] * 2 + ["16x16"]
+    assert [row.weights for row in seeing.rows] == ["encoder"] * 7 + ["random weights"] * 7 + ["raw pixels"]
+    assert [row.stage for row in seeing.rows] == [0, 2, 3, 4, 6, 7, None] * 2 + [None]
+    assert len(set(seeing.last("random weights").linear.strengths)) == 1, "the first seed's, for all three"
     assert len(seeing.last("random weights").linear.strengths) == 3
 
 
@@ -297,11 +389,13 @@ def test_test_labels_choose_nothing_and_kept_views_change_nothing(monkeypatch):
     one = run(encoder(), train, test)
     strengths = [row.linear.strengths for row in one.rows]
     assert run(encoder(), train, test).json() == one.json()
-    monkeypatch.setattr("sslpre.probe.MEMORY", 0)
+    monkeypatch.setattr("sslpre.probe.VIEWS", 0)
+    monkeypatch.setattr("sslpre.probe.FEATURES", 0)  # one set of features at a time
     assert run(encoder(), train, test).json() == one.json()
     test.labels = test.labels[::-1].copy()
     other = run(encoder(), train, test)
     assert [row.linear.strengths for row in other.rows] == strengths and other.json() != one.json()
+    assert other.best == one.best, "the best stage is chosen without them too"
 
 
 def test_bad_images_are_left_out_with_their_labels():
@@ -359,28 +453,143 @@ def test_few_images_mean_fewer_neighbours():
     assert any("k is 8, not 20" in note for note in report.warnings)
 
 
+# ---- every stage
+
+
+class Layers(nn.Module):
+    """Stands for a timm model of two stages: the image in 8×8 means, then nothing but its brightness."""
+
+    num_features = 3
+    feature_info = ({"module": "early"}, {"module": "late"})
+
+    def forward_intermediates(self, x, indices):
+        early = nn.functional.adaptive_avg_pool2d(x, 8)
+        late = early.mean((1, 2, 3), keepdim=True).expand(-1, 3, 2, 2)
+        return late, [(early, late)[index] for index in indices]
+
+    def forward_head(self, x):
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_intermediates(x, [])[0])
+
+
+class Corners(Pictures):
+    """Noise; the label is which corner has a little less of it. Every image is equally bright."""
+
+    def __init__(self, labels, seed=0):
+        super().__init__(labels, 0.0, seed)
+        for image, label in zip(self.pixels, self.labels, strict=True):
+            row, column = 8 * (label // 2), 8 * (label % 2)
+            image[row : row + 8, column : column + 8] //= 2
+            image[:] = np.clip(image * (110 / image.mean()), 0, 255)
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda name, **arguments: Layers())
+    return Encoder(Layers(), "layers", {}, 16, MEAN, STD)
+
+
+def test_a_label_that_an_early_stage_carries_and_the_last_loses(layers):
+    labels = np.arange(240) % 4
+    report = run(layers, Corners(labels), Corners(labels, seed=1))
+    rows = {row.features: row for row in report.rows if row.weights == "encoder"}
+    for metric in ("linear", "knn"):
+        assert getattr(rows["early"], metric).accuracy > 0.95
+        assert getattr(rows["late"], metric).high < 0.5 and getattr(rows["output"], metric).high < 0.5
+    assert report.best == {"linear": "early", "knn": "early"}
+    told = report.verdict()
+    assert told.startswith("The encoder's output is not above chance (") or "does not beat" in told
+    # what stands for random weights is the same network here: nothing is better than itself
+    assert " Its best stage, early, does not beat every stage of random weights or raw pixels (linear and kNN)." in told
+    marked = [line for line in report.table().splitlines() if "*[" in line]
+    assert len(marked) == 1 and marked[0].startswith("encoder    early (192)") and marked[0].count("*[") == 2
+    plain = report.json()
+    assert plain["best"] == report.best and [row["stage"] for row in plain["rows"][:3]] == [0, 1, None]
+
+
+def test_the_weights_that_training_began_with_have_rows(layers):
+    labels = np.arange(80) % 4
+    report = run(encoder("test_vit"), Pictures(labels, 0.3), start=encoder("test_vit"))
+    groups = list(dict.fromkeys(row.weights for row in report.rows))
+    assert groups == ["encoder", "start", "random weights", "raw pixels"]
+    mine, began = ([row for row in report.rows if row.weights == name] for name in ("encoder", "start"))
+    assert [replace(row, weights="encoder") for row in began] == mine, "the same weights"
+    assert report.beats()["knn"]["start"] is False and "the weights it began with" in report.verdict()
+    with pytest.raises(ValueError, match="of test_vit, not layers"):
+        run(layers, Pictures(labels, 0.3), start=encoder("test_vit"))
+
+
+def test_knn_sees_stages_standardised_and_the_output_as_it_is():
+    """One dimension is a thousand times as large as the one that carries the label."""
+    draw = torch.Generator().manual_seed(0)
+    y, y_test = torch.arange(200) % 2, torch.arange(100) % 2
+
+    def features(labels):
+        signal = torch.nn.functional.one_hot(labels, 2) + 0.1 * torch.randn(len(labels), 2, generator=draw)
+        return torch.cat([signal, 1000 + 1000 * torch.randn(len(labels), 2, generator=draw)], 1)
+
+    judge = Judge(y, y_test, 2, linear=False, knn=True, seed=0)
+    train, test = features(y), features(y_test)
+    scaled, plain = (judge.answers(train, test, scaled) for scaled in (True, False))
+    assert scaled.knn.float().mean() > 0.9 and scaled.knn_held > 0.9
+    assert plain.knn.float().mean() < 0.7 and plain.knn_held < 0.75
+    standard = (train - train.mean(0)) / train.std(0, correction=0)
+    by_hand = knn.predict(standard, y, (test - train.mean(0)) / train.std(0, correction=0), 2)
+    assert ((by_hand == y_test) == scaled.knn).float().mean() >= 0.99
+    assert torch.equal(knn.predict(train, y, test, 2) == y_test, plain.knn)
+
+
+def test_the_best_is_chosen_by_what_was_held_out_and_equals_go_to_the_deepest():
+    def answers(held, knn_held):
+        return Answers(torch.ones(2, dtype=torch.bool), linear.Choice(1.0, held), None, knn_held)
+
+    found = [answers((0.5, -1.0), 0.7), answers((0.4, -0.1), 0.6), answers((0.6, -0.9), 0.7)]
+    assert best("abc", found, True, True) == {"linear": "b", "knn": "c"}
+    assert best("abc", found, False, True) == {"knn": "c"}
+    equal = [answers((0.0, 0.0), 0.0)] * 3
+    assert best("abc", equal, True, True) == {"linear": "c", "knn": "c"}
+
+
+def test_one_image_after_another_is_not_held_twice(monkeypatch):
+    """With little memory allowed, no pass has more than one set of features."""
+    seen = []
+    real = probing.extract
+    monkeypatch.setattr(probing, "FEATURES", 1)
+    monkeypatch.setattr(
+        probing, "extract", lambda wanted, *rest: seen.append([rows for _, rows in wanted]) or real(wanted, *rest)
+    )
+    run(encoder("test_resnet"), Pictures(np.arange(40) % 2, 0.5), linear=False)
+    assert len(seen) == 2 * 6 * 4 and all(len(one) == 1 and len(one[0]) == 1 for one in seen)
+
+
 # ---- what is printed
 
 
-def report_of(*accuracies, metric="both"):
+def report_of(*accuracies, metric="both", mark="output"):
     def score(value, strengths=()):
         return Score(value, value - 0.02, min(1.0, value + 0.02), strengths)
 
     weights = ("encoder", "encoder", "random weights", "random weights", "raw pixels")
+    features = ("features.denseblock3", "output", "features.denseblock3", "output", "32x32")
     rows = tuple(
-        Row(name, "layer4", 2048, score(value, (1e-05, 0.00316, 100.0)) if metric != "knn" else None, score(value))
-        for name, value in zip(weights, accuracies, strict=True)
+        Row(name, which, 4096, score(value, (1e-05, 0.00316, 100.0)) if metric != "knn" else None, score(value), stage)
+        for name, which, value, stage in zip(weights, features, accuracies, (3, None, 3, None, None), strict=True)
     )
+    best = {name: mark for name in ("linear", "knn") if metric in (name, "both")}
     where = "./a/rather/long/folder/name/that/goes/on/train and ./a/rather/long/folder/name/that/goes/on/test"
-    return Report(rows, ("a",) * 10, 123_456, 50_000, 0, where, 0.1, 0.12, 20, 0.07, "ab", ["a note " * 20])
+    return Report(rows, ("a",) * 10, 123_456, 50_000, 0, where, 0.1, 0.12, 20, 0.07, "ab", best, ["a note " * 20])
 
 
 @pytest.mark.parametrize("metric", ["both", "knn"])
 @pytest.mark.parametrize("accuracies", [(1.0, 1.0, 1.0, 1.0, 1.0), (0.3, 0.5, 0.2, 0.2, 0.1)])
 def test_the_table_fits_80_columns(accuracies, metric):
-    lines = report_of(*accuracies, metric=metric).table().splitlines()
+    lines = report_of(*accuracies, metric=metric, mark="features.denseblock3").table().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("random weights") for line in lines) == 2
+    assert sum(line.startswith("random     ") for line in lines) == 2
+    assert [line.count("*[") for line in lines if "*[" in line] == [2 if metric == "both" else 1]
+    assert "..nseblock3 (4096)" in lines[2] and "*[" in lines[2]
     assert "12.0" in next(line for line in lines if line.startswith("chance"))
     assert any("k = 20, temperature 0.07" in line for line in lines)
 
@@ -400,11 +609,42 @@ def test_the_verdict_is_about_the_output(accuracies, verdict):
     assert report.table().endswith(verdict)
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "verdict"),
+    [
+        (
+            (0.8, 0.3, 0.5, 0.4, 0.5),
+            "The encoder's output does not beat random weights or raw pixels (linear and kNN). Its best stage,"
+            " features.denseblock3, beats every stage of random weights and raw pixels (linear and kNN).",
+        ),
+        (
+            (0.6, 0.5, 0.58, 0.4, 0.5),  # the same stage of random weights is not enough to beat: 0.58 is every stage's
+            "The encoder's output beats random weights but not raw pixels (linear and kNN). Its best stage,"
+            " features.denseblock3, beats raw pixels but not every stage of random weights (linear and kNN).",
+        ),
+        (
+            (0.6, 0.5, 0.2, 0.59, 0.5),  # nor another of its stages
+            "The encoder's output does not beat random weights or raw pixels (linear and kNN). Its best stage,"
+            " features.denseblock3, beats raw pixels but not every stage of random weights (linear and kNN).",
+        ),
+    ],
+)
+def test_the_verdict_is_about_the_best_stage_too(accuracies, verdict):
+    assert report_of(*accuracies, mark="features.denseblock3").verdict() == verdict
+
+
+def test_a_best_stage_of_one_metric_is_said_of_that_one():
+    report = report_of(0.8, 0.7, 0.5, 0.4, 0.5)
+    told = replace(report, best={"linear": "output", "knn": "features.denseblock3"}).verdict()
+    best = "Its best stage, features.denseblock3, beats every stage of random weights and raw pixels (kNN)."
+    assert told.endswith(f"(linear and kNN). {best}")
+
+
 def test_probes_that_disagree_are_told_apart():
     report = report_of(0.5, 0.6, 0.4, 0.4, 0.5)
     worse = replace(report.rows[1], knn=Score(0.41, 0.39, 0.43))
     told = replace(report, rows=(report.rows[0], worse, *report.rows[2:])).verdict()
-    assert "beats random weights and raw pixels (linear)" in told
+    assert "The encoder beats random weights and raw pixels (linear)" in told
     assert "does not beat random weights or raw pixels (kNN)" in told
 
 
@@ -412,5 +652,6 @@ def test_json_is_plain():
     plain = run(encoder(), Pictures(np.arange(60) % 3, 0.5)).json()
     assert json.loads(json.dumps(plain))["schema"] == 1
     assert plain["temperature"] == 0.07 and plain["k"] == 20
-    assert set(plain["rows"][0]) == {"weights", "features", "dim", "linear", "knn"}
+    assert set(plain["rows"][0]) == {"weights", "features", "dim", "stage", "linear", "knn"}
+    assert plain["best"].keys() == plain["best_beats"].keys() == {"linear", "knn"}
     assert plain["beats"]["linear"].keys() == {"random weights", "raw pixels", "chance"}

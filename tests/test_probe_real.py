@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 
 from sslpre.data.find import find, subset
 from sslpre.encoder import build
-from sslpre.probe import centres, labelled, linear, paired, probe
-from sslpre.probe.features import names
+from sslpre.probe import centres, labelled, linear, probe
+from sslpre.probe.features import extract, layout
 
 
 def part(source, per_class):
@@ -44,10 +44,15 @@ def test_raw_pixels_of_photos_are_above_chance(cifar, network):
 @pytest.mark.data
 def test_linear_agrees_with_scikit_learn_on_photos(cifar, network):
     data = labelled(*cifar, seed=0)
-    (mine,), raw = paired([network], centres(data, 32, 32, torch.device("cpu"), 2, 0.0), with_raw=True)
+    plan = layout(network)
+    wanted = [(network, tuple(range(len(plan.names))))]
+    (train, raw), (test, raw_test) = (
+        extract(wanted, plan, part, True) for part in centres(data, 32, 32, torch.device("cpu"), 2, 0.0)
+    )
+    pairs = dict(zip(plan.names, zip(train[0], test[0], strict=True), strict=True))
     y, y_test = torch.from_numpy(data.train_labels), torch.from_numpy(data.test_labels)
-    for name, (x, x_test) in {"raw pixels": raw, **dict(zip(names(network), mine, strict=True))}.items():
-        fit = linear.search(x, y, 10, seed=0)
+    for name, (x, x_test) in {"raw pixels": (raw, raw_test), **pairs}.items():
+        fit, _ = linear.search(x, y, 10, seed=0)
         standard, standard_test = (((one.double() - fit.mean) / fit.std).numpy() for one in (x, x_test))
         theirs = LogisticRegression(C=fit.strength, tol=1e-6, max_iter=20_000).fit(standard, y.numpy())
         ours = (fit.predict(x_test) == y_test).double().mean().item()

@@ -20,6 +20,7 @@ from sslpre.errors import SslpreError
 from sslpre.train import checkpoint, loop
 from sslpre.train import run as runs
 from sslpre.train.announce import shorter
+from sslpre.train.build import build
 from sslpre.train.progress import Meter
 from sslpre.train.runs import find_run
 
@@ -180,11 +181,12 @@ def test_resume_without_a_complete_checkpoint_starts_at_step_0(pictures, tmp_pat
 def test_a_complete_checkpoint_of_step_0_is_not_written_again(pictures, tmp_path, monkeypatch):
     """Writing it again would take the only one away for a moment."""
     wanted = options(pictures)
-    recipe = recipes.load("simclr", (), wanted.overrides | {"data": {"store_size": 64}, "optim": {"lr": 0.1}})
+    chosen = {"data": {"store_size": 64}, "optim": {"lr": 0.1, "warmup": 0.1}}
+    recipe = recipes.load("simclr", (), wanted.overrides | chosen)
     seen, save = [], loop.save
     monkeypatch.setattr(loop, "save", lambda run, meter: (seen.append(run.step), save(run, meter)))
     for before in (False, True):
-        run = runs.build(tmp_path, recipe, find(pictures), torch.device("cpu"), wanted)
+        run = build(tmp_path, recipe, find(pictures), torch.device("cpu"), wanted.workers)
         if before:
             shutil.rmtree(tmp_path / "checkpoints")
             save(run, Meter())

@@ -31,7 +31,13 @@ WALLS = {
     "timm": ("train", "recipe", "data", "cli", "probe", "export", "methods", "objective", "views", "encoder"),
     "recipe": ("train", "data", "cli", "probe", "export"),
     "shelf": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
+    "plugins": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
+    "contract": ("cli", "probe", "export"),
+    "ops": ("train", "recipe", "data", "cli", "probe", "export", "methods", "objective", "encoder", "views"),
     "errors": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
+    "foreign": ("train", "recipe", "data", "cli", "probe", "methods", "objective", "views"),
+    "start": ("recipe", "data", "cli", "probe", "methods", "objective", "views"),  # of train only what opens a run
+    "weights": ("recipe", "data", "cli", "probe", "export", "methods", "objective", "views", "encoder", "start"),
     "synced": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
 }
 
@@ -122,7 +128,9 @@ def test_what_is_never_written(module):
         name.partition(".")[0] for name in imports(TREES[module], whole_file=True)
     }
     for node in ast.walk(TREES[module]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        if isinstance(node, ast.Call) and module == "sslpre.foreign" and ast.unparse(node.func) == "torch.load":
+            assert "weights_only=True" in ast.unparse(node)  # the one place that reads other programs' files
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "torch.load",
             "torch.save",
             "eval",

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sslpre import __version__
-from sslpre.cli import export, pretrain, probe, recipes
+from sslpre.cli import export, import_, pretrain, probe, processes, recipes
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, printable, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError
@@ -24,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try it: sslpre pretrain simclr",
 )
-for verb in (pretrain.pretrain, probe.probe, export.export, recipes.recipes):
-    app.command(cls=Command)(verb)
+for verb in (pretrain.pretrain, probe.probe, export.export, import_.import_, recipes.recipes):
+    app.command(verb.__name__.removesuffix("_"), cls=Command)(verb)  # `import` is a word of Python's own
 
 
 def show_version(wanted: bool) -> None:
@@ -88,9 +88,14 @@ def run(words: list[str]) -> int:
         import traceback
 
         traceback.print_exception(cause)
+    ending = processes.in_turn(told, tell)
+    processes.end(ending)
+    return ending
+
+
+def tell(told: SslpreError) -> None:
     print(f"error: {printable(told.message)}", file=sys.stderr)
     print(f"hint: {printable(told.hint or 'add --debug to see where it happened')}", file=sys.stderr)
-    return told.code
 
 
 def discard_output() -> None:

@@ -40,6 +40,10 @@ def in_our_words(error: Any, words: Sequence[str], group: Any) -> SslpreError:
     if verb is not None and verb not in group.commands:
         return no_command(verb, words, list(group.commands))
     extra = re.search(r"unexpected extra argument(?:s|\(s\))? \((.*)\)", error.message)
+    if extra and verb == "import":
+        plain = [word for word in words if not word.startswith("-")]
+        hint = shlex.join(["sslpre", "import", plain[1], "-o", extra[1].split(",")[0]])
+        return SslpreError("`sslpre import` takes one word, and the file to write after -o", hint)
     if extra:
         return SslpreError(f"too many words for `{program}`: `{extra[1]}`", f"{program} --help")
     message = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
@@ -74,11 +78,11 @@ def interrupted(verb: str | None) -> SslpreError:
 
 
 def surprise(error: Exception, verb: str | None) -> SslpreError:
-    """An error that nobody foresaw: the machine's (exit 3) where it is out of memory or space, else ours (exit 1)."""
+    """An error that nobody foresaw: no memory (exit 12), the machine's in another way (exit 3), else ours (exit 1)."""
     name = type(error).__name__  # torch's is told by its name: it need not be imported
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         smaller = "write a smaller --batch-size, or --set train.micro_batch=16"
-        return SslpreError("out of memory", smaller if verb == "pretrain" else "free some memory, or --device cpu", 3)
+        return SslpreError("out of memory", smaller if verb == "pretrain" else "free some memory, or --device cpu", 12)
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or os.strerror(error.errno)).lower()
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None

@@ -13,6 +13,7 @@ from sslpre.cli.probe import DEVICES
 from sslpre.cli.words import check_folder, flag, not_empty, number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.train.runs import find_run
+from sslpre.weights import spelled
 
 RESUMABLE = ("data.max_bad",)  # what may be changed when a run goes on: it has no part in what is learned
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -26,6 +27,7 @@ def pretrain(
         list[str] | None, flag("--set", "TABLE.KEY=VALUE", "Change a key of the recipe; repeatable.")
     ] = None,
     backbone: Annotated[str | None, flag("--backbone", "NAME", "Any timm backbone.")] = None,
+    init: Annotated[str | None, flag("--init", "pretrained|PATH", "Weights to start from.  [random]")] = None,
     image_size: Annotated[str | None, flag("--image-size", "N", "Side of a view, in pixels.")] = None,
     epochs: Annotated[str | None, flag("--epochs", "N", "Passes over the images.")] = None,
     batch_size: Annotated[str | None, flag("--batch-size", "N", "Images per step, over all devices.")] = None,
@@ -57,6 +59,7 @@ def pretrain(
     threads = whole("--workers", workers, 4, least=0)
     keys: dict[str, Any] = {
         "encoder.backbone": backbone,
+        "encoder.init": init,
         "encoder.image_size": whole("--image-size", image_size, 224, auto=True),
         "train.epochs": whole("--epochs", epochs, 20, auto=True),
         "train.batch_size": whole("--batch-size", batch_size, 256, auto=True),
@@ -75,7 +78,7 @@ def start(
 ) -> None:
     """Train, then print what to type next. words: as typed; keys: recipe keys that flags set, `table.key` to value."""
     refuse(words, keys, resume)
-    look(words, resume)
+    look(words, keys, resume)
 
     import json
 
@@ -89,6 +92,8 @@ def start(
     settings = tuple(words["--set"] or ())
     finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, device, workers))
     summary = dict(finished.summary)
+    if not summary:  # the first of several processes says the rest
+        return
     run = shlex.quote(str(finished.run))
     if finished.recipe.data.images:
         labelled = json.loads((finished.run / "data.json").read_text(encoding="utf-8"))["classes"]
@@ -104,7 +109,7 @@ def start(
 def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> None:
     """Raises SslpreError (exit 2) for a run without a recipe, and for a resumed run that would not be the same run."""
     recipe = words["RECIPE"]
-    not_empty({**words, "--resume": resume}, "sslpre pretrain simclr ./images")
+    not_empty({**words, "--init": keys.get("encoder.init"), "--resume": resume}, "sslpre pretrain simclr ./images")
     if resume is not None and resume != "auto":
         flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys if path not in RESUMABLE]
         given = ", ".join(f"`{name}`" for name in [*(name for name, word in words.items() if word), *flags])
@@ -119,8 +124,11 @@ def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> N
         )
 
 
-def look(words: dict[str, Any], resume: str | None) -> None:
-    """Tell the most common mistakes at once, before torch is imported: an unknown recipe or run, a missing folder."""
+def look(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> None:
+    """Tell the most common mistakes at once, before torch is imported: an unknown recipe or run, a missing folder.
+
+    A path after --init is made absolute in `keys`.
+    """
     if resume is not None and resume != "auto":
         find_run(resume)
     if words["RECIPE"] is not None:
@@ -131,6 +139,8 @@ def look(words: dict[str, Any], resume: str | None) -> None:
             apply_setting(plain, setting)
     if words["IMAGES"] is not None:
         check_folder(words["IMAGES"])
+    if "encoder.init" in keys:
+        keys["encoder.init"] = spelled(keys["encoder.init"])
 
 
 def probe_sample(run: Path, device: str, workers: int | None, as_json: bool) -> Any:

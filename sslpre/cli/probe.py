@@ -98,14 +98,18 @@ def measure(
 
     max_bad: share of unreadable images, None for the one of the run's recipe.
     """
+    from sslpre.data.stream import mixed
     from sslpre.probe import probe as judge
     from sslpre.train.progress import say
 
-    encoder, table, facts = opened(path, device)
+    encoder, start, table, facts = opened(path, device)
     step = facts.get("step", "0")
     say(f"encoder    {path} at step {step}: {encoder.architecture}, {encoder.image_size} px")
     found = images_of(table if data is None else table.model_copy(update={"images": data}))
     say(f"images     {counted(found)}")
+    text = mixed(found.train)
+    if text:
+        say(text)
     about = {
         "path": str(path),
         "step": int(step) if step.isdecimal() else step,
@@ -121,6 +125,7 @@ def measure(
         side=side,
         linear=linear,
         knn=knn,
+        start=start,
         device=device,
         workers=workers,
         max_bad=table.max_bad if max_bad is None else max_bad,
@@ -139,18 +144,21 @@ def counted(found: Found) -> str:
     return text + (f" ({found.passed_over})" if found.passed_over else "")
 
 
-def opened(path: Path, device: torch.device) -> tuple[Encoder, DataTable, dict[str, str]]:
-    """The encoder of the run or export at `path`, how its images are found and kept, and its metadata."""
+def opened(path: Path, device: torch.device) -> tuple[Encoder, Encoder | None, DataTable, dict[str, str]]:
+    """The encoder of the run or export at `path`, and the one that training began with where the run keeps it; how its
+    images are found and kept; its metadata."""
+    from sslpre.export import open_encoder
+
     if is_run(path):
-        from sslpre.train.run import open_run
+        from sslpre.train.build import open_run
 
         encoder, recipe, facts = open_run(path, device)
-        return encoder, recipe.data, facts
-    from sslpre.export import open_encoder
+        start = open_encoder(path / "start")[0].to(device) if (path / "start").is_dir() else None
+        return encoder, start, recipe.data, facts
     from sslpre.recipe import DataTable
 
     encoder, facts = open_encoder(path)
-    return encoder.to(device), DataTable(store_size=int(facts.get("store_size", facts["image_size"]))), facts
+    return encoder.to(device), None, DataTable(store_size=int(facts.get("store_size", facts["image_size"]))), facts
 
 
 def images_of(table: DataTable) -> Found:

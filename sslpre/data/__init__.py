@@ -16,7 +16,7 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """N images in a fixed order, read by number. `read` and `size` are called from many threads at once."""
+    """N images in a fixed order, read by number. All that takes a number is called from many threads at once."""
 
     @property
     def where(self) -> str:
@@ -48,3 +48,6 @@ class Source(Protocol):
 
     def size(self, i: int) -> tuple[int, int]:
         """(height, width) of image `i` upright and in full, from its header alone. Raises BadImage."""
+
+    def grey(self, i: int) -> bool:
+        """Whether the header of image `i` says that it has no colour. Raises BadImage."""

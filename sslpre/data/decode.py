@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -37,9 +39,12 @@ from sslpre.data import BadImage
 # Pillow warns about odd metadata once per process and without the file's name, across a progress bar. Filtered here and
 # not around each call, because `warnings.catch_warnings` is not safe in threads before Python 3.14.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs some faults too, which end in a BadImage anyway
 
 MAX_PIXELS = 200_000_000
-ORIENTATION, WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 274, 256, 257, 258, 262, 339  # TIFF and EXIF tags
+# TIFF and EXIF tags
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS, ORIENTATION = 256, 257, 258, 259, 262, 273, 274
+STRIP_BYTES, PLANES, SAMPLE_FORMAT = 279, 284, 339
 IN_MEMORY = 1 << 28  # bytes; a file up to this size is read in one go
 
 # What Pillow 11–13 raises on damaged files, found by mutating valid ones (tests/test_data_decode.py does so again).
@@ -62,7 +67,7 @@ def decode(path: str | bytes | Path, side: int | None = None, max_pixels: int = 
     * grey is repeated; palettes are looked up; CMYK and YCCK become RGB (Adobe's inverted JPEGs too);
     * alpha, palette transparency and PNG colour keys are composited on white;
     * unsigned integers of 9 to 16 bits are scaled by their range (65535 → 255), never clipped;
-    * 32-bit integers, signed 16-bit and floats are taken as [0, 1] or [0, 255] if all values lie there, else scaled by
+    * 32-bit integers, signed ones and floats are taken as [0, 1] or [0, 255] if all values lie there, else scaled by
       the image's own minimum and maximum (a constant image becomes black);
     * of animations and multi-page files the first frame counts.
 
@@ -78,9 +83,11 @@ def decode(path: str | bytes | Path, side: int | None = None, max_pixels: int = 
         turn = _orientation(image, file)
         if side and image.format == "JPEG":
             image.draft(None, (2 * side, 2 * side))
+        planes = _planes(image, file)
+        if planes is not None:
+            return planes
         image.load()
-        wide = image.mode.startswith("I") or image.mode == "F"
-        pixels = np.repeat(_narrow(image)[:, :, None], 3, axis=2) if wide else np.asarray(_rgb(image))
+        pixels = np.repeat(_narrow(image)[:, :, None], 3, axis=2) if _wide(image) else np.asarray(_rgb(image))
     return _upright(pixels, turn)
 
 
@@ -95,6 +102,24 @@ def header_size(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple
             width, height = image.size
             turn = _orientation(image, file)
     return (width, height) if turn in (5, 6, 7, 8) else (height, width)
+
+
+def header_grey(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether the header says one channel, or a palette of nothing but greys. Raises BadImage as `header_size`.
+
+    Grey pictures in a file of three channels are not met, nor any in WebP, which has no grey.
+    """
+    with _blame_the_file(path), open(path, "rb") as file:
+        image = _open(file, max_pixels)
+        if image.mode != "P":
+            return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+        palette = image.palette
+        if palette is None:
+            return False
+        # not `getpalette`, which decodes the whole image
+        table, layout = np.frombuffer(bytes(palette.palette), np.uint8), palette.rawmode or palette.mode
+        colours = table.reshape(3, -1).T if layout == "RGB;L" else table.reshape(-1, len(layout))[:, :3]
+        return bool((colours == colours[:, :1]).all())
 
 
 def to_canvas(image: np.ndarray, side: int) -> np.ndarray:
@@ -122,6 +147,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, SyntaxError) and isinstance(error.msg, Exception):
         return "damaged: the header makes no sense"  # Pillow wraps a KeyError or struct.error, whose text says nothing
     text = str(error) or type(error).__name__
+    if any(words in text.lower() for words in ("unknown pixel mode", "cannot handle", "unsupported")):
+        return f"of a kind that Pillow does not read: {text}"
     if isinstance(error, EOFError) or "truncated" in text.lower():
         return "truncated"
     if isinstance(error, Image.DecompressionBombError):
@@ -129,13 +156,13 @@ def _reason(error: Exception) -> str:
     return f"damaged: {text}"
 
 
-MAGIC: tuple[tuple[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"GIF8", GifImagePlugin.GifImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
-    *((prefix, TiffImagePlugin.TiffImageFile) for prefix in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+MAGIC: tuple[tuple[re.Pattern[bytes], Callable[[IO[bytes]], ImageFile.ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    (re.compile(rb"GIF8"), GifImagePlugin.GifImageFile),
+    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
 )
 
 
@@ -145,16 +172,32 @@ def _open(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     file.seek(0)
     if not start:
         raise BadImage("zero bytes")
-    plugin = next((plugin for magic, plugin in MAGIC if start.startswith(magic)), None)
+    plugin = next((plugin for magic, plugin in MAGIC if magic.match(start)), None)
     if plugin is None:
         raise BadImage("not a JPEG, PNG, WebP, BMP, GIF or TIFF file")
-    image = plugin(file)
+    if plugin is WebPImagePlugin.WebPImageFile and int.from_bytes(start[4:8], "little") + 8 > _length(file):
+        raise BadImage("truncated")  # libwebp gives no reason
+    try:
+        image = plugin(file)
+    except DAMAGE as error:
+        at_the_end = file.tell() >= _length(file) and plugin is not WebPImagePlugin.WebPImageFile  # read in one go
+        if at_the_end and _reason(error).startswith("damaged"):
+            raise BadImage("truncated") from error
+        raise
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(
             f"{width} x {height} is {width * height / 1e6:,.0f} megapixels, the limit is {max_pixels / 1e6:,.0f}"
         )
     return image
+
+
+def _length(file: IO[bytes]) -> int:
+    """Bytes in the file; its position stays."""
+    position = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return length
 
 
 def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
@@ -201,6 +244,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """8-bit image of any mode to mode RGB, on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise BadImage("damaged: it has no palette")
     if not image.has_transparency_data:
         return image.convert("RGB")
     key = image.info.get("transparency")
@@ -211,19 +256,26 @@ def _rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
+def _wide(image: Image.Image) -> bool:
+    """Whether the image is grey and its numbers are other than 0 to 255."""
+    signed = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2
+    return image.mode == "F" or image.mode.startswith("I") or (image.mode == "L" and signed)
+
+
 def _narrow(image: Image.Image) -> np.ndarray:
-    """Grey image of more than 8 bits to uint8 [h, w] by the rules of `decode`."""
+    """Grey image of more than 8 bits, or of signed ones, to uint8 [h, w] by the rules of `decode`."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    white_is_zero = tags.get(PHOTOMETRIC) == 0  # Pillow inverts 8 bits, but no other number
     values = np.asarray(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        top = 2 ** int(tags.get(BITS, (16,))[0]) - 1
-        grey = ((np.minimum(values, top).astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-        if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero; Pillow inverts 8 bits but not 16
-            grey = 255 - grey
+        grey = _eight(values, 2 ** int(tags.get(BITS, (16,))[0]) - 1)
         key = image.info.get("transparency")
+        grey = 255 - grey if white_is_zero else grey
         return np.where(values == key, np.uint8(255), grey) if isinstance(key, int) else grey
     if image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
         values = values.view(np.uint32)  # Pillow keeps unsigned numbers in a signed array
+    if image.mode == "L":
+        values = (255 - values if white_is_zero else values).view(np.int8)  # as they are in the file
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise BadImage("has values that are not finite numbers (NaN or infinity)")
@@ -231,4 +283,39 @@ def _narrow(image: Image.Image) -> np.ndarray:
         shifted, scale = values.astype(np.float64) - low, 255 / ((high - low) or 1.0)
     else:
         shifted, scale = values.astype(np.float64), 255.0 if high <= 1 else 1.0
-    return np.rint(shifted * scale).astype(np.uint8)
+    grey = np.rint(shifted * scale).astype(np.uint8)
+    return 255 - grey if white_is_zero else grey
+
+
+def _eight(values: np.ndarray, top: int) -> np.ndarray:
+    """Unsigned integers of 0 to `top` to uint8, rounded."""
+    return ((np.minimum(values, top).astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _planes(image: Image.Image, file: IO[bytes]) -> np.ndarray | None:
+    """An uncompressed 16-bit TIFF with red, green and blue one after another to uint8 [h, w, 3]; None for other images.
+
+    Pillow 11 to 13 take the planes of such a file for 8 bits and give a wrong picture without a word.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None
+    tags = image.tag_v2
+    bits = tags.get(BITS, (1,))
+    if tags.get(PLANES) != 2 or tags.get(COMPRESSION, 1) != 1 or max(bits) <= 8 or len(bits) == 1:
+        return None
+    if bits != (16, 16, 16) or tags.get(PHOTOMETRIC) != 2 or STRIPS not in tags or STRIP_BYTES not in tags:
+        raise BadImage("of a kind that Pillow does not read: channels of 16 bits one after another")
+    width, height = int(tags[WIDTH]), int(tags[HEIGHT])
+    strips = [(int(offset), int(size)) for offset, size in zip(tags[STRIPS], tags[STRIP_BYTES], strict=True)]
+    if sum(size for _, size in strips) != 6 * width * height:
+        raise BadImage("damaged: its strips hold more or fewer pixels than its header says")
+    parts = []
+    for offset, size in strips:
+        file.seek(offset)
+        parts.append(file.read(size))
+    data = b"".join(parts)
+    if len(data) < 6 * width * height:
+        raise BadImage("truncated")
+    planes = np.frombuffer(data, "<u2" if tags.prefix == b"II" else ">u2").reshape(3, height, width)
+    turn = tags.get(ORIENTATION, 1)
+    return _upright(_eight(planes.transpose(1, 2, 0), 65535), turn if turn in range(1, 9) else 1)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sslpre.data import Source
-from sslpre.data.decode import MAX_PIXELS, decode, header_size
+from sslpre.data.decode import MAX_PIXELS, decode, header_grey, header_size
 from sslpre.errors import SslpreError
 
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
@@ -77,6 +77,9 @@ class Folder:
     def size(self, i: int) -> tuple[int, int]:
         return header_size(self.path(i), self.max_pixels)
 
+    def grey(self, i: int) -> bool:
+        return header_grey(self.path(i), self.max_pixels)
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -101,6 +104,9 @@ class Subset:
     def size(self, i: int) -> tuple[int, int]:
         return self.source.size(int(self.rows[i]))
 
+    def grey(self, i: int) -> bool:
+        return self.source.grey(int(self.rows[i]))
+
 
 def subset(source: Source, rows: np.ndarray) -> Source:
     """The images `rows` (int [M], 0..N-1) of `source`, with its classes: image i of the result is image `rows[i]`."""
@@ -115,11 +121,14 @@ def find(root: Path, max_pixels: int = MAX_PIXELS) -> Found:
     """Find the images at and below `root`: for training, for testing if there is a split, and what was passed over.
 
     Skipped: hidden names, `__MACOSX`, run folders of sslpre, everything without an image's extension. Links are
-    followed; every directory is entered once, so loops end. With `train/` and `test|val|valid|validation/` at the top
-    level, only these are read; `train/` alone is the root if no image lies beside it. The test split is the first of
-    these names with an image of a class of `train/`, else the first with images. The label of an image is the first
-    folder on its way down (below the split folder); fewer than two classes, or more than one per five images, count as
-    none. Both sources number the classes of the training source, and images of other classes have the label -1.
+    followed; every directory is entered once, so loops end. Every name of a file counts, hard and symbolic links too:
+    labels come from names, and a copy of the folder that holds files in place of links is the same data set.
+
+    With `train/` and `test|val|valid|validation/` at the top level, only these are read; `train/` alone is the root if
+    no image lies beside it. The test split is the first of these names with an image of a class of `train/`, else the
+    first with images. The label of an image is the first folder on its way down (below the split folder); fewer than
+    two classes, or more than one per five images, count as none. Both sources number the classes of the training
+    source, and images of other classes have the label -1.
 
     Raises SslpreError (exit 4): no such folder, not a folder, not readable, empty, or without images.
     """

@@ -328,6 +328,12 @@ class Scenes:
             raise IndexError(i)
         return SIDE, SIDE
 
+    def grey(self, i: int) -> bool:
+        """False: every scene is painted in colour."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return False
+
 
 def sample(count: int = COUNT, seed: int = 0) -> Found:
     """The built-in set: `count` scenes to train on and a quarter as many to test on, 64×64, ten classes in equal parts.

@@ -6,6 +6,7 @@ pickled. What a batch holds depends on (source, side, seed, epoch) alone, never 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,15 +52,20 @@ class BadList:
         total: int,
         say: Callable[[str], None] | None = None,
         after: BadList | None = None,
+        shared: bool = False,
+        first: bool = True,
     ):
         """`path` is a JSON-lines file, read if it exists (images in it are not named again) and appended to, or None.
 
         `say` prints one line, by default on stderr. `after` is the list of another source that was read before and
-        shares the allowance: its images count in this list too, and `total` is that of both. Raises SslpreError
-        (exit 5) if the file is not what was written.
+        shares the allowance: its images count in this list too, and `total` is that of both. `shared` between several
+        processes, it only collects in `pending` what `settle` is to be given from all of them, and just the `first`
+        process writes and speaks. Raises SslpreError (exit 5) if the file is not what was written.
         """
         self.path, self.limit, self.total, self.after = path, limit, total, after
         self.allowed = math.floor(limit * total + 1e-9)  # 0.29 * 100 is 28.999999999999996
+        self.pending: list[dict[str, Any]] = []
+        self._shared, self._first = shared, first
         self._say = say or _to_stderr
         self._lock = threading.Lock()
         self._known: set[str] = set()  # by name: the folder may be written another way when the run is resumed
@@ -72,15 +79,33 @@ class BadList:
 
     def add(self, source: Source, i: int, reason: str) -> None:
         """Note that image `i` of `source` is bad. Raises SslpreError (exit 20) while there are more than allowed."""
-        name = source.name(i)
+        entry = {"where": source.where, "name": source.name(i), "index": i, "reason": reason}
+        if self._shared:
+            self.pending.append(entry)
+        else:
+            self._note(entry)
+
+    def settle(self, entries: list[dict[str, Any]]) -> None:
+        """Note what all processes have met; raises as `add`, in every process alike."""
+        self.pending.clear()
+        for entry in entries:
+            try:
+                self._note(entry)
+            except SslpreError as error:
+                error.everywhere = True
+                raise
+
+    def _note(self, entry: dict[str, Any]) -> None:
         with self._lock:
-            if name not in self._known:
-                self._known.add(name)
-                if self.path is not None:
-                    line = json.dumps({"where": source.where, "name": name, "index": i, "reason": reason})
-                    with open(self.path, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
-                self._say(f"skipped `{name}`: {reason}. {self.count:,} bad of {self.total:,} so far")
+            if entry["name"] not in self._known:
+                self._known.add(entry["name"])
+                if self._first:
+                    if self.path is not None:
+                        with open(self.path, "a", encoding="utf-8") as file:
+                            file.write(json.dumps(entry) + "\n")
+                    self._say(
+                        f"skipped `{entry['name']}`: {entry['reason']}. {self.count:,} bad of {self.total:,} so far"
+                    )
             if self.count > self.allowed:
                 raise self._too_many()
 
@@ -123,15 +148,44 @@ def short_side(source: Source, at_most: int = 500) -> int:
     Images with a damaged header do not count; if none is left, raises SslpreError (exit 4).
     """
     sides = []
-    for i in np.unique(np.linspace(0, len(source) - 1, min(len(source), at_most)).round().astype(np.int64)):
+    for i in _spread(len(source), at_most):
         try:
-            sides.append(min(source.size(int(i))))
+            sides.append(min(source.size(i)))
         except BadImage as error:
             last = error.reason  # named and counted when the image is decoded; here it only has no size
     if not sides:
         reason = f"the last one tried: {last}" if len(source) else "there are none"
         raise SslpreError(f"none of the images of `{source.where}` could be read; {reason}", "check the files", 4)
     return int(np.median(sides))
+
+
+def grey_share(source: Source, at_most: int = 500) -> float | None:
+    """Share of grey images in [0, 1], over up to `at_most` evenly spaced ones, by their headers.
+
+    Images with a damaged header do not count; None if no other is left.
+    """
+    grey = []
+    for i in _spread(len(source), at_most):
+        with contextlib.suppress(BadImage):  # named and counted when the image is decoded; here it has no colour
+            grey.append(source.grey(i))
+    return sum(grey) / len(grey) if grey else None
+
+
+def mixed(source: Source) -> str:
+    """One line of warning where some images are grey and others in colour, by `grey_share`; else ""."""
+    share = grey_share(source)
+    if share is None or share in (0, 1):
+        return ""
+    percent = "under 1" if share < 0.01 else "over 99" if share > 0.99 else f"{share * 100:.0f}"
+    return (
+        f"{percent} % of the images are grey, the others in colour: that alone tells them apart; "
+        "--set views.0.gray=1 takes the colour away"
+    )
+
+
+def _spread(count: int, at_most: int) -> list[int]:
+    """Up to `at_most` of 0..count-1, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64)).tolist()
 
 
 @dataclass
@@ -168,8 +222,13 @@ class Stream:
         workers: int,
         device: torch.device | str,
         bad: BadList,
+        rank: int = 0,
+        world: int = 1,
     ):
-        """`workers` threads decode ahead; 0: decode when asked."""
+        """`workers` threads decode ahead; 0: decode when asked. `batch_size` is that of all `world` processes, of which
+        this one gets the `rank`-th equal part of every batch."""
+        assert batch_size % world == 0 or world == 1
+        self.rank, self.world = rank, world
         self.source, self.side, self.batch_size, self.seed = source, side, batch_size, seed
         self.workers, self.device, self.bad = workers, torch.device(device), bad
         self.steps_per_epoch = len(source) // batch_size
@@ -194,11 +253,21 @@ class Stream:
         for epoch in range(first // self.steps_per_epoch, -(-last // self.steps_per_epoch)):
             rows = order(len(self.source), self.seed, epoch).split(self.batch_size)
             begin = epoch * self.steps_per_epoch
-            yield from rows[max(0, first - begin) : min(self.steps_per_epoch, last - begin)]
+            for batch in rows[max(0, first - begin) : min(self.steps_per_epoch, last - begin)]:
+                yield batch.chunk(self.world)[self.rank]
 
-    def in_order(self) -> Generator[Pixels, None, None]:
-        """Every index once, ascending, the last batch shorter. Bad images are replaced, or exit 20, as in `epoch`."""
-        return self._run(iter(torch.arange(len(self.source)).split(self.batch_size)) if len(self.source) else iter(()))
+    def in_order(self, part: slice = slice(None)) -> Generator[Pixels, None, None]:
+        """Every index, or those of `part`, once, ascending, the last batch shorter. Bad images as in `epoch`."""
+        rows = torch.arange(len(self.source))[part]
+        return self._run(iter(rows.split(self.batch_size)) if len(rows) else iter(()))
+
+    @contextlib.contextmanager
+    def peek(self) -> Iterator[Pixels]:
+        """The run's first batch, for a look at what it takes; the time does not count as waited for."""
+        waited = self.waited
+        with contextlib.closing(self.steps(0, 1)) as batches:
+            yield next(batches)
+        self.waited = waited
 
     def _run(self, batches: Iterator[Tensor]) -> Generator[Pixels, None, None]:
         stop = threading.Event()

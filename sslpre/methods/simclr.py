@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslpre.heads import mlp
 from sslpre.objective import Batch, Loss, Objective, Setup
+from sslpre.ops import ranks
 
 
 class SimCLR(Objective):
@@ -38,7 +39,7 @@ class SimCLR(Objective):
     def loss(self, batch: Batch) -> Loss:
         x = torch.cat(batch.views)  # Algorithm 1: both views in one joint batch, 2N images
         z = self.head(self.encoder(x))
-        z1, z2 = z.chunk(2)
+        z1, z2 = (ranks.gather(part) for part in z.chunk(2))
         return Loss(nt_xent(z1, z2, self.temperature))
 
     @property

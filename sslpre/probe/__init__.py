@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,21 +21,25 @@ from sslpre.probe import knn as nearest
 from sslpre.probe.features import (
     RAW_SIDE,
     Centres,
+    Layout,
+    Reading,
     calibration_images,
     extract,
     fingerprint,
-    names,
+    layout,
     random_twin,
+    readings,
 )
-from sslpre.probe.linear import search, split
+from sslpre.probe.judge import Answers, Judge, best, interval
+from sslpre.probe.linear import split
 from sslpre.probe.table import METRICS, Report, Row, Score
 
-__all__ = ["Report", "Row", "Score", "probe"]
+__all__ = ["Report", "Row", "Score", "interval", "probe"]
 
 SEEDS = 3  # of random weights
 TEST_SHARE = 0.2  # where there is no test split
-RESAMPLES = 1000
-MEMORY = 2 << 30  # bytes of centre views kept, so that images are decoded once; above it they are decoded three times
+VIEWS = 2 << 30  # bytes of centre views kept, so that images are decoded once; above it once for each pass
+FEATURES = 1 << 29  # bytes of features held at a time; what takes more is read in several passes
 HINT = "labels are folder names: sslpre probe --data DIR with DIR/cat/1.jpg and DIR/dog/2.jpg"
 
 
@@ -62,6 +66,7 @@ def probe(
     side: int,
     linear: bool,
     knn: bool,
+    start: Encoder | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     workers: int | None = None,
@@ -69,50 +74,127 @@ def probe(
     pretrained_on: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Probe `encoder` on `train` and `test`; without `test`, on a seeded stratified fifth of `train`.
+    """Probe every stage of `encoder` and its output on `train` and `test`; without `test`, on a seeded stratified fifth
+    of `train`.
 
     side: of the canvas that images are decoded to, in pixels; the encoder sees centre views at its own image size.
+    start: the weights that training began with, where those were not random; they get rows of their own.
     workers: decoding threads, None for one per core. seed: of the splits, the random weights (seed + 1 to seed + 3) and
     the bootstrap. pretrained_on: fingerprint of the images that the encoder learned from; where test images were among
-    them the report says so. say: gets one line of progress at a time. The encoder comes back where and as it was; its
-    weights are hashed before and after.
+    them the report says so. say: gets one line of progress at a time. The encoders come back where and as they were;
+    `encoder`'s weights are hashed before and after.
     Raises SslpreError: exit 4 without labels, 10 if features are not finite, 20 with more than the share `max_bad` of
-    unreadable images, training and test images together; RuntimeError if the encoder changed while it was probed.
+    unreadable images, training and test images together; RuntimeError if the encoder changed while it was probed;
+    ValueError if `start` is of another architecture.
     """
     if not (linear or knn):
         raise SslpreError("nothing to probe with", "sslpre probe --linear, or --knn, or both")
+    if start is not None and start.architecture != encoder.architecture:
+        raise ValueError(f"the weights before training are of {start.architecture}, not {encoder.architecture}")
     device = torch.device(device)
     data = labelled(train, test, seed)
     parts = centres(data, encoder.image_size, side, device, workers, max_bad)
-    with lent(encoder, device):
+    with lent(encoder, device), lent(start or encoder, device):
         before = fingerprint(encoder)
-        say(f"encoding {len(data.train):,} training and {len(data.test):,} test images")
-        (mine,), raw = paired([encoder], parts, with_raw=True)
-        say(f"encoding them with random weights, {SEEDS} seeds")
-        calibration, batch = calibration_images(parts[0], seed), parts[0].stream.batch_size
-        twins = [random_twin(encoder, seed + 1 + number, calibration, batch) for number in range(SEEDS)]
-        theirs, _ = paired(twins, parts)
+        exam = Exam(data, parts, layout(encoder), linear, knn, seed, device, say)
+        exam.take_all(encoder, start)
         if fingerprint(encoder) != before:
             raise RuntimeError("the encoder's weights or buffers changed while it was probed")
-    train_labels = torch.from_numpy(data.train_labels)[parts[0].index].to(device)
-    test_labels = torch.from_numpy(data.test_labels)[parts[1].index].to(device)
-    judge = Judge(train_labels, test_labels, len(data.classes), linear, knn, seed, say)
-    rows = judge.rows(names(encoder), mine, theirs, raw, min(RAW_SIDE, encoder.image_size))
-    majority = torch.bincount(train_labels, minlength=len(data.classes)).argmax()
+    return reported(exam, encoder.image_size, before, pretrained_too(data, pretrained_on))
+
+
+def reported(exam: Exam, size: int, before: str, warnings: list[str]) -> Report:
+    """What everybody answered. size: of the encoder's images; before: its hash."""
+    data = exam.data
+    wide = min(RAW_SIDE, size)
+    rows, judge = exam.rows(f"{wide}x{wide}"), exam.judge()
+    majority = torch.bincount(judge.train, minlength=len(data.classes)).argmax()
+    notes = [*exam.plan.notes, *data.warnings, *warnings, *doubts(exam.parts, rows, exam.knn)]
     return Report(
         rows=rows,
         classes=data.classes,
-        train_images=len(train_labels),
-        test_images=len(test_labels),
+        train_images=len(judge.train),
+        test_images=len(judge.test),
         unlabelled=data.unlabelled,
         split=data.split,
         uniform_chance=1 / len(data.classes),
-        majority_chance=(test_labels == majority).double().mean().item(),
-        k=min(nearest.K, len(train_labels)),
+        majority_chance=(judge.test == majority).double().mean().item(),
+        k=min(nearest.K, len(judge.train)),
         temperature=nearest.TEMPERATURE,
         encoder_hash=before,
-        warnings=[*data.warnings, *pretrained_too(data, pretrained_on), *doubts(parts, rows, knn)],
+        best=best(exam.plan.names, [found[0] for found in exam.found["encoder"]], exam.linear, exam.knn),
+        warnings=notes,
     )
+
+
+@dataclass
+class Exam:
+    """The same images put to one set of weights after another. Features are judged and dropped, the answers stay.
+
+    found: weights → row of the layout → answers of each set of weights; `raw` are those of raw pixels.
+    """
+
+    data: Labelled
+    parts: list[Centres]
+    plan: Layout
+    linear: bool
+    knn: bool
+    seed: int
+    device: torch.device
+    say: Callable[[str], None]
+    found: dict[str, list[list[Answers]]] = field(default_factory=dict)
+    raw: Answers | None = None
+    raw_dim: int = 0
+
+    def take_all(self, encoder: Encoder, start: Encoder | None) -> None:
+        """Read and judge the encoder, the weights it began with and random weights."""
+        self.take([("encoder", encoder), *([("start", start)] if start is not None else [])])
+        calibration, batch = calibration_images(self.parts[0], self.seed), self.parts[0].stream.batch_size
+        twins = (random_twin(encoder, self.seed + 1 + number, calibration, batch) for number in range(SEEDS))
+        self.take([("random weights", twin) for twin in twins])
+
+    def take(self, candidates: list[tuple[str, Encoder]]) -> None:
+        """Read and judge all rows of these weights; the first time raw pixels too."""
+        images = sum(len(part.stream.source) for part in self.parts)
+        for wanted in readings([one for _, one in candidates], self.plan, images, FEATURES):
+            names = [next(name for name, one in candidates if one is encoder) for encoder, _ in wanted]
+            self.say(f"encoding {images:,} images with the weights of: {', '.join(dict.fromkeys(names))}")
+            first = self.raw is None
+            (train, train_raw), (test, test_raw) = (extract(wanted, self.plan, part, first) for part in self.parts)
+            if first and train_raw is not None and test_raw is not None:
+                self.say("fitting raw pixels")
+                self.raw_dim = train_raw.shape[1]
+                self.raw = self.judge().answers(train_raw, test_raw, scaled=False)
+            del train_raw, test_raw
+            for name, reading, pairs in zip(names, wanted, zip(train, test, strict=True), strict=True):
+                self.examine(name, reading, list(zip(*pairs, strict=True)))
+
+    def examine(self, name: str, reading: Reading, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Judge features (training, test) of one encoder. Random weights share a C: the first seed's."""
+        judge = self.judge()
+        table = self.found.setdefault(name, [[] for _ in self.plan.names])
+        for row, (train, test) in zip(reading[1], pairs, strict=True):
+            self.say(f"fitting {name}, {self.plan.names[row]}")
+            choice = table[row][0].choice if table[row] else None
+            table[row].append(judge.answers(train, test, self.plan.stages[row] is not None, choice))
+
+    def judge(self) -> Judge:
+        """With the labels of the images that could be read, which is known after the first pass."""
+        train, test = (
+            torch.from_numpy(labels)[part.index].to(self.device)
+            for labels, part in zip((self.data.train_labels, self.data.test_labels), self.parts, strict=True)
+        )
+        return Judge(train, test, len(self.data.classes), self.linear, self.knn, self.seed)
+
+    def rows(self, raw_name: str) -> tuple[Row, ...]:
+        """The whole table: the encoder's features, those it began with, those of random weights, raw pixels."""
+        assert self.raw is not None, "rows are asked for after the weights were judged"
+        judge, rows = self.judge(), []
+        for weights in ("encoder", "start", "random weights"):
+            for at, found in enumerate(self.found.get(weights, ())):
+                plan = self.plan
+                rows.append(Row(weights, plan.names[at], plan.dims[at], *judge.scores(found), stage=plan.stages[at]))
+        return (*rows, Row("raw pixels", raw_name, self.raw_dim, *judge.scores([self.raw])))
 
 
 def centres(
@@ -130,21 +212,10 @@ def centres(
             workers=(os.cpu_count() or 1) if workers is None else workers,
             device=device,
             bad=bad,
-            keep=total * 3 * size**2 <= MEMORY,
+            keep=total * 3 * size**2 <= VIEWS,
         )
         for source, bad in ((data.train, first), (data.test, BadList(None, max_bad, total, after=first)))
     ]
-
-
-Pair = tuple[Tensor, Tensor]  # the same features of the training and of the test images
-
-
-def paired(encoders: list[Encoder], parts: list[Centres], with_raw: bool = False) -> tuple[list[list[Pair]], Pair]:
-    """Encoder → name of features → features of both parts; and the raw pixels of both parts."""
-    (train, train_raw), (test, test_raw) = (extract(encoders, part, with_raw) for part in parts)
-    features = [list(zip(a, b, strict=True)) for a, b in zip(train, test, strict=True)]
-    nothing = torch.empty(0)
-    return features, (nothing if train_raw is None else train_raw, nothing if test_raw is None else test_raw)
 
 
 @contextmanager
@@ -199,55 +270,6 @@ def pretrained_too(data: Labelled, fingerprint: str) -> list[str]:
 
 def class_name(source: Source, number: int) -> str:
     return source.classes[number] if number < len(source.classes) else str(number)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Scores features by what the probes make of them. Labels are [N] and [T] on the features' device."""
-
-    train: Tensor
-    test: Tensor
-    classes: int
-    linear: bool
-    knn: bool
-    seed: int
-    say: Callable[[str], None]
-
-    def rows(
-        self, features: tuple[str, ...], mine: list[Pair], theirs: list[list[Pair]], raw: Pair, side: int
-    ) -> tuple[Row, ...]:
-        """The whole table: the encoder's features, those of random weights, raw pixels."""
-        return (
-            *(self.row("encoder", name, [mine[at]]) for at, name in enumerate(features)),
-            *(self.row("random weights", name, [one[at] for one in theirs]) for at, name in enumerate(features)),
-            self.row("raw pixels", f"{side}x{side}", [raw]),
-        )
-
-    def row(self, weights: str, features: str, pairs: list[Pair]) -> Row:
-        """One row from the same features of one or more encoders: the mean of their scores."""
-        self.say(f"fitting {weights}, {features}")
-        linear: Score | None = None
-        if self.linear:
-            fits = [search(train, self.train, self.classes, self.seed) for train, _ in pairs]
-            right = [fit.predict(test) == self.test for fit, (_, test) in zip(fits, pairs, strict=True)]
-            linear = interval(torch.stack(right), self.seed, tuple(fit.strength for fit in fits))
-        knn: Score | None = None
-        if self.knn:
-            right = [nearest.predict(train, self.train, test, self.classes) == self.test for train, test in pairs]
-            knn = interval(torch.stack(right), self.seed)
-        return Row(weights, features, pairs[0][0].shape[1], linear, knn)
-
-
-def interval(right: Tensor, seed: int, strengths: tuple[float, ...] = ()) -> Score:
-    """Mean and 95 % bootstrap interval over test images. right: bool [encoders, T], averaged over encoders first.
-
-    The percentile interval of Efron 1979 over 1,000 resamples, the same ones for every call with the same T and seed.
-    """
-    share = right.double().mean(0).cpu().numpy()
-    draw = np.random.default_rng(seed)
-    means = [share[draw.integers(len(share), size=len(share))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Score(float(share.mean()), float(low), float(high), strengths)
 
 
 def doubts(parts: list[Centres], rows: tuple[Row, ...], knn: bool) -> list[str]:

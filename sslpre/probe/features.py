@@ -1,9 +1,11 @@
-"""Features of a frozen encoder: extracted once, in evaluation mode, from centre views that are decoded once."""
+"""Features of a frozen encoder, of every stage: read in evaluation mode from centre views that are decoded once."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -18,7 +20,8 @@ from sslpre.errors import SslpreError
 from sslpre.views.build import centre
 
 RAW_SIDE = 32
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+LARGEST = 4096  # numbers that a stage's map is pooled to, at most
+STAGES = 6  # of an encoder that are looked at, at most; a ViT has one for each block
 CALIBRATION = 2048  # images that set the batch statistics of random weights
 
 
@@ -81,17 +84,78 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def names(encoder: Encoder) -> tuple[str, ...]:
-    """What `describe` gives: the four stages of a ResNet, the last of which is its output, or the output alone."""
-    return STAGES if isinstance(encoder.model, timm.models.ResNet) else ("output",)
+@dataclass(frozen=True)
+class Layout:
+    """The features that are read from an encoder, shallow to deep; the last is its output, what is exported.
+
+    stages: index of each in timm's `out_indices`, None for the output. dims: numbers of each. at_once: the output comes
+    with the stages in one pass. notes: what a reader of the table should know.
+    """
+
+    names: tuple[str, ...]
+    stages: tuple[int | None, ...]
+    dims: tuple[int, ...]
+    at_once: bool
+    notes: tuple[str, ...]
 
 
-def describe(encoder: Encoder, images: Tensor) -> list[Tensor]:
-    """Features of images in [0, 1], [B, 3, s, s]: [B, D] for each of `names`. The last is `encoder(images)`."""
-    if not isinstance(encoder.model, timm.models.ResNet):
-        return [encoder(images)]
-    last, maps = encoder.model.forward_intermediates(encoder.prepare(images), indices=[1, 2, 3])
-    return [*(stage.mean((2, 3)) for stage in maps), encoder.model.forward_head(last, pre_logits=True)]
+def grid(channels: int, side: int) -> int:
+    """Side of the largest square grid, at most `side`, with channels · grid² ≤ 4,096; at least 1."""
+    return max(1, min(side, math.isqrt(LARGEST // channels)))
+
+
+def chosen(stages: int) -> list[int]:
+    """Up to 6 of so many stages, evenly spaced, the last among them."""
+    few = min(stages, STAGES)
+    return [round((at + 1) * stages / few) - 1 for at in range(few)]
+
+
+def layout(encoder: Encoder) -> Layout:
+    """What can be read from `encoder`, found by reading two random images. It must be in evaluation mode."""
+    side, names = encoder.image_size, encoder.stage_names
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(encoder.mean.device)
+    output, indices = "output", chosen(len(names)) if names else []
+    if not indices:
+        note = f"{encoder.architecture} does not give its stages: the table has its output alone"
+        return Layout((output,), (None,), (encoder.dim,), False, (note,))
+    with torch.inference_mode():
+        whole = encoder(images)
+        try:
+            last, maps = encoder.model.forward_intermediates(encoder.prepare(images), indices=indices)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # timm's networks refuse each in its way
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            note = f"the stages of {encoder.architecture} cannot be read, the table has its output alone: {reason}"
+            return Layout((output,), (None,), (encoder.dim,), False, (note,))
+        headed = encoder.model.forward_head(last) if hasattr(encoder.model, "forward_head") else last
+    at_once = headed.shape == whole.shape and torch.allclose(headed, whole, rtol=1e-4, atol=1e-5)
+    found = [(names[index], index, pooled(one).shape[1]) for index, one in zip(indices, maps, strict=True)]
+    titles, places, dims = zip(*found, strict=True)
+    left_out = f"{len(indices)} of the {len(names)} stages of {encoder.architecture} are in the table, evenly spaced"
+    notes = (left_out,) if len(indices) < len(names) else ()
+    return Layout((*titles, output), (*places, None), (*dims, encoder.dim), at_once, notes)
+
+
+def pooled(stage: Tensor) -> Tensor:
+    """A stage's map [B, C, h, w], averaged over the largest square grid that gives at most 4,096 numbers, flat."""
+    side = grid(stage.shape[1], min(stage.shape[2:]))
+    return F.adaptive_avg_pool2d(stage, side).flatten(1)
+
+
+def describe(encoder: Encoder, plan: Layout, images: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Features of images in [0, 1], [B, 3, s, s]: [B, D] for each of these rows of `plan`, in one pass.
+
+    "output" is `encoder(images)`.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)  # convolutions on a CPU are twice as fast
+    indices = [stage for row in rows if (stage := plan.stages[row]) is not None]
+    if not indices:
+        return [encoder(images) for _ in rows]
+    last, maps = encoder.model.forward_intermediates(encoder.prepare(images), indices=indices)
+    found = dict(zip(indices, maps, strict=True))
+    features = [pooled(found[stage]) for stage in indices]
+    if len(indices) < len(rows):  # the output is the last row
+        features.append(encoder.model.forward_head(last) if plan.at_once else encoder(images))
+    return features
 
 
 def raw(views: Tensor, encoder: Encoder) -> Tensor:
@@ -106,34 +170,59 @@ def raw(views: Tensor, encoder: Encoder) -> Tensor:
     return images.flatten(1)
 
 
+Reading = tuple[Encoder, tuple[int, ...]]  # an encoder and the rows of its layout that are wanted
+
+
+def readings(encoders: Sequence[Encoder], plan: Layout, images: int, most: int) -> Iterator[list[Reading]]:
+    """All rows of all encoders in order, in parts whose features of so many images take at most `most` bytes.
+
+    An encoder is divided, and so run more than once, only where it does not fit alone. A row that alone takes more than
+    `most` is a part of its own.
+    """
+    sizes = [4 * images * dim for dim in plan.dims]
+    part: dict[int, list[int]] = {}
+    used = 0
+    for at in range(len(encoders)):
+        for row, size in enumerate(sizes):
+            if part and used + (size if row else sum(sizes)) > most:
+                yield [(encoders[which], tuple(rows)) for which, rows in part.items()]
+                part, used = {}, 0
+            part.setdefault(at, []).append(row)
+            used += size
+    yield [(encoders[which], tuple(rows)) for which, rows in part.items()]
+
+
 def extract(
-    encoders: Sequence[Encoder], centres: Centres, with_raw: bool = False
+    wanted: Sequence[Reading], plan: Layout, centres: Centres, with_raw: bool = False
 ) -> tuple[list[list[Tensor]], Tensor | None]:
-    """One pass over the images: for each encoder its features by name, [N, D] float32; and raw pixels if asked for.
+    """One pass over the images: for each reading its features, [N, D] float32; and raw pixels if asked for.
 
     The encoders are left in evaluation mode, unchanged. Raises SslpreError: exit 4 where no image is left, 10 where an
     encoder's features are not finite.
     """
-    found: list[list[list[Tensor]]] = [[[] for _ in names(encoder)] for encoder in encoders]
+    total, device, done = len(centres.stream.source), centres.stream.device, 0
+    # filled in place: a list of batches joined at the end would take twice the memory
+    found = [[torch.empty(total, plan.dims[row], device=device) for row in rows] for _, rows in wanted]
     pixels: list[Tensor] = []
-    for encoder in encoders:
+    for encoder, _ in wanted:
         encoder.eval()
-    with torch.inference_mode():
-        for views in centres:
+    for views in centres:
+        with torch.inference_mode():
             images = views.float() / 255
-            for encoder, lists in zip(encoders, found, strict=True):
-                for features, kept in zip(describe(encoder, images), lists, strict=True):
-                    kept.append(features.float())
+            for (encoder, rows), whole in zip(wanted, found, strict=True):
+                for features, target in zip(describe(encoder, plan, images, rows), whole, strict=True):
+                    target[done : done + len(views)] = features
             if with_raw:
-                pixels.append(raw(views, encoders[0]))
-    if not len(centres.index):
+                pixels.append(raw(views, wanted[0][0]))
+        done += len(views)
+    if not done:
         where = centres.stream.source.where
         raise SslpreError(f"no image of `{where}` can be read", "check the files, or name another --data", 4)
-    joined = [[torch.cat(kept) for kept in lists] for lists in found]  # outside inference mode: ordinary tensors
-    if not all(bool(features.isfinite().all()) for lists in joined for features in lists):
+    found = [[whole[:done] for whole in parts] for parts in found]
+    if not all(bool(features.isfinite().all()) for parts in found for features in parts):
         hint = "probe an earlier run, or train again with --precision fp32"
         raise SslpreError("the encoder's features are not finite", hint, 10)
-    return joined, torch.cat(pixels) if with_raw else None
+    return found, torch.cat(pixels) if with_raw else None
 
 
 def random_twin(encoder: Encoder, seed: int, calibration: Tensor, batch: int) -> Encoder:

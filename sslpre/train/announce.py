@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
-
-import torch
 
 from sslpre.data import BadImage
 from sslpre.data.decode import to_canvas
 from sslpre.data.find import Found
-from sslpre.data.stream import Pixels, Stream
+from sslpre.data.stream import Stream, mixed
+from sslpre.ops import ranks
 from sslpre.recipe import Recipe
+from sslpre.start import Start, say_loaded
 from sslpre.train import device
 from sslpre.train.loop import Run
+from sslpre.train.memory import norms, ran_out, release
 from sslpre.train.progress import duration, say
+from sslpre.train.step import rehearse
 
 PATIENCE = 2 * 3600  # seconds on a CPU above which a shorter run is proposed
 
 
-def announce(run: Run, wanted: Recipe, found: Found) -> None:
-    """Print what `run` is made of on stderr. wanted: the recipe before its autos were resolved."""
+def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start | None = None) -> None:
+    """Print what `run` is made of on stderr.
+
+    wanted: the recipe before its autos; tried: seconds of a first step; begun: the weights that it starts from.
+    """
     recipe, table = run.recipe, run.recipe.train
 
     def shown(group: str, key: str) -> str:
@@ -35,11 +39,15 @@ def announce(run: Run, wanted: Recipe, found: Found) -> None:
     say(f"images     {found.train.where}: {len(found.train):,} images" + (f" ({found.note})" if found.note else ""))
     if found.train.classes and recipe.data.images:
         say(f"           folder names are {'the labels' if run.objective.needs_labels else 'not used as labels'}")
+    if one_more := mixed(found.train):
+        say(f"           {one_more}")
     built = f" as {network.architecture}" if network.architecture != recipe.encoder.backbone else ""
     say(
         f"encoder    {shown('encoder', 'backbone')}{built}, {weights:.2f} M weights, "
         f"at {shown('encoder', 'image_size')} px"
     )
+    if begun is not None:
+        say(say_loaded(network, begun))
     say(
         f"batch      {shown('train', 'batch_size')}, {shown('train', 'epochs')} epochs of "
         f"{run.stream.steps_per_epoch} steps"
@@ -53,10 +61,15 @@ def announce(run: Run, wanted: Recipe, found: Found) -> None:
         f"device     {device.label(run.device)}, {shown('train', 'precision')}, {run.stream.workers} decoding threads; "
         f"images kept at {shown('data', 'store_size')} px"
     )
+    if run.part:
+        note = "; batch normalisation sees these alone" if norms(network) else ""
+        say(f"memory     {run.part} of {run.stream.batch_size // run.stream.world} images at a time{note}")
+    if run.stream.world > 1:
+        say(f"processes  {run.stream.world}, {run.stream.batch_size // run.stream.world} images of each batch in each")
     left_alone = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.skipped.items()))
     if left_alone:
         say(f"left alone {left_alone}")
-    seconds = expected(run)
+    seconds = expected(run, tried)
     say(f"run        {run.folder}, about {duration(seconds)}")
     if run.device.type == "cpu" and seconds > PATIENCE:
         say(f"hint: that is long for a CPU; {shorter(recipe, seconds)}")
@@ -73,44 +86,27 @@ def shorter(recipe: Recipe, seconds: float) -> str:
     return "one epoch alone takes longer; train on a part of the images"
 
 
-def expected(run: Run) -> float:
-    """Seconds the run will take, from a few images decoded, drawn and learned from by a copy of the encoder."""
-    stream, table = run.stream, run.recipe.train
-    most = min(stream.batch_size, table.micro_batch or stream.batch_size, 256)
-    few = Stream(
-        stream.source,
-        side=stream.side,
-        batch_size=most,
-        seed=table.seed,
-        workers=stream.workers,
-        device=run.device,
-        bad=stream.bad,
-    )
-    some = next(few.in_order())
-    count, spent = 1, 0.0
-    while spent < 1 and (count < len(some.index) or not spent):  # the first rounds warm up memory, kernels, threads
-        count = min(4 * count, len(some.index))
-        spent = learning(run, some, count)
-    spent = min(spent, learning(run, some, count), learning(run, some, count))  # another program may have had the core
-    learned, decoded = spent / count, decoding(stream)
-    images = (run.steps - run.step) * stream.batch_size
-    return images * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
+def expected(run: Run, tried: float) -> float:
+    """Seconds the run will take, by steps rehearsed with a copy of the objective. tried: what the first one took."""
+    stream = run.stream
+    batch = stream.batch_size // stream.world
+    spent = min([tried, *again(run, batch)] if tried < 1 else [tried])  # the first one also warms up memory and kernels
+    learned, decoded = spent, batch * decoding(stream)
+    return (run.steps - run.step) * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
 
 
-def learning(run: Run, some: Pixels, count: int) -> float:
-    """Seconds for views, forward and backward of the first `count` images of a batch; nothing of the run changes."""
-    network = copy.deepcopy(run.objective.encoder)
-    network.chunk = 0
-    network.train()
-    begun = time.monotonic()
-    views = run.views(some.pixels[:count], some.size[:count], some.index[:count], 0)
-    for side in sorted(set(run.views.sides)):  # views of one size go through together, as methods send them
-        part = torch.cat([view for view in views if view.shape[-1] == side])
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16"):
-            loss = network(part.contiguous(memory_format=torch.channels_last)).float().square().mean()
-        loss.backward()
-        loss.item()  # waits for the device
-    return time.monotonic() - begun
+def again(run: Run, batch: int) -> list[float]:
+    """Two more rehearsals, in seconds, because another program may have had the core; fewer where memory is short."""
+    times: list[float] = []
+    try:
+        with run.stream.peek() as pixels, ranks.alone():
+            for _ in range(2):
+                times.append(rehearse(run, pixels, run.part or batch))
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+    release()
+    return times
 
 
 def decoding(stream: Stream, count: int = 8) -> float:

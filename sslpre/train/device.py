@@ -1,5 +1,6 @@
 """The device a run uses, and what the choice of settings needs to know of it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ class Facts:
 
 
 def pick(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. A device that is not there: SslpreError (exit 3)."""
+    """`auto` takes CUDA, then MPS, then the CPU; of several processes each takes a GPU of its own.
+
+    A device that is not there: SslpreError (exit 3).
+    """
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise SslpreError(f"no device `{name}`", "--device auto, cpu, cuda or mps")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -26,6 +30,12 @@ def pick(name: str) -> torch.device:
         name = next(kind for kind, present in there.items() if present)
     if not there[name]:
         raise SslpreError(f"no `{name}` device on this machine", "--device auto", 3)
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        number, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there_are:
+            hint = f"torchrun --nproc-per-node={there_are} -m sslpre pretrain …, or --device cpu"
+            raise SslpreError(f"process {number} has no GPU of its own: there are {there_are}", hint, 3)
+        return torch.device("cuda", number)
     return torch.device(name)
 
 

@@ -102,18 +102,22 @@ def build(objective: Objective, table: OptimTable, device: torch.device) -> dict
         if table.name == "lars":
             optimisers[player] = LARS(groups, table.lr, table.momentum, trust=table.trust)
         elif table.name == "sgd":
-            optimisers[player] = SGD(groups, table.lr, table.momentum, foreach=True)
+            optimisers[player] = SGD(groups, table.lr, table.momentum, nesterov=table.nesterov, foreach=True)
         else:
             fused = device.type == "cuda"
             optimisers[player] = AdamW(groups, table.lr, table.betas, foreach=not fused, fused=fused)
     return optimisers
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """The share of the full learning rate at `step` of `steps`: linear warm-up, then half a cosine down to 0."""
-    warm = round(warmup * steps)
+def rate(step: int, steps: int, table: OptimTable) -> float:
+    """The share of the full learning rate at `step` of `steps`: linear warm-up, then half a cosine down to 0, or, where
+    the table has steps, a fall by `factor` after each of these shares of the run."""
+    assert table.warmup != "auto"
+    warm = round(table.warmup * steps)
     if step < warm:
         return (step + 1) / warm
+    if table.steps:
+        return table.factor ** sum(step >= round(share * steps) for share in table.steps)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 

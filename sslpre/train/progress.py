@@ -8,9 +8,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sslpre.ops import ranks
+
 
 def say(line: str) -> None:
-    """One line on stderr, as it is: no markup, no wrapping."""
+    """One line on stderr, as it is: no markup, no wrapping. Of several processes only the first one speaks."""
+    if ranks.rank():
+        return
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
@@ -62,7 +66,7 @@ class Display:
         self.task: TaskID | None = None
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not ranks.rank():
             columns = (
                 TextColumn("{task.completed}/{task.total}"),
                 BarColumn(),

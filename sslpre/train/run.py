@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import platform
 import shlex
 import shutil
 import uuid
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sslpre
-from sslpre import encoder, export
+from sslpre import export, weights
 from sslpre import recipe as recipes
+from sslpre import start as starts
 from sslpre.data.find import Found, find
-from sslpre.data.sample import sample
-from sslpre.data.stream import BadList, Stream, short_side
-from sslpre.encoder import Encoder
+from sslpre.data.stream import short_side
 from sslpre.errors import SslpreError
-from sslpre.methods import methods
-from sslpre.objective import Objective, Setup
+from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, device, loop, optim, plan
+from sslpre.train import checkpoint, device, distributed, loop, optim, plan, step
 from sslpre.train.announce import announce
+from sslpre.train.build import build, load_data
+from sslpre.train.facts import FREE, HEADER, digest, facts_of, write_facts
 from sslpre.train.progress import duration, say
 from sslpre.train.runs import discard, find_run, is_run, new_run, write_text
-from sslpre.views.build import Views
-
-HEADER = f"""Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:
-sslpre pretrain THIS-FILE"""
-# Keys that may differ between the parts of a run: they change what it bears and saves, not what it computes.
-FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes",)}
+from sslpre.train.step import fewer
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Finished:
+    """`summary` is empty in all but the first of several processes."""
+
     run: Path
     recipe: Recipe
     summary: dict[str, Any]
@@ -64,12 +57,39 @@ class Finished:
 def pretrain(options: Options) -> Finished:
     """Start or resume a run and train it to its end. Raises SslpreError; exit 130 after Ctrl-C."""
     where = device.pick(options.device)
-    resumed = to_resume(options)
-    return start(options, where) if resumed is None else go_on_with(resumed, options, where)
+    distributed.join(where)
+    try:
+        distributed.agree(
+            versions=f"sslpre {sslpre.__version__}, torch {torch.__version__}",
+            directory=str(options.out or options.resume or ""),
+            recipe=" ".join(map(str, (options.recipe, *options.settings, options.overrides))),
+        )
+        resumed = distributed.from_first(lambda: to_resume(options))
+        return start(options, where) if resumed is None else go_on_with(resumed, options, where)
+    except RuntimeError as error:
+        if distributed.is_lost(error):
+            raise distributed.lost(error) from error
+        raise
 
 
 def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     """An old run as it was begun; only the keys of `FREE` may be said anew."""
+    recipe = distributed.alike(lambda: as_it_was(folder, options))
+    fresh = not checkpoint.complete(folder / "checkpoints")  # else the weights are in a checkpoint
+    table = recipe.encoder
+    begun = distributed.alike(lambda: starts.read(table.init, table.backbone) if table.init and fresh else None)
+    run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
+    distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], recipe=run.facts["recipe"])
+    if distributed.first():
+        tidy(run)
+    distributed.summed([0.0])  # the others wait
+    distributed.alike(lambda: go_on(run))
+    distributed.agree(step=run.step)
+    return finish(run, resumed=True)
+
+
+def as_it_was(folder: Path, options: Options) -> Recipe:
+    """The recipe that the run was begun with, and in it what was said anew."""
     recipe = recipes.load(str(folder / "recipe.toml"))
     if options.recipe is not None:
         refuse_other(recipe, wish(options), folder)
@@ -79,16 +99,16 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     anew = {table: {k: said[table][k] for k in keys if k in said.get(table, {})} for table, keys in FREE.items()}
     if any(anew.values()):
         recipe = recipe.edit(**anew)
-        write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
-    run = build(folder, recipe, load_data(recipe), where, options)
-    go_on(run)
-    return finish(run, resumed=True)
+        if distributed.first():
+            write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
+    return recipe
 
 
 def wish(options: Options) -> Recipe:
     """The recipe as typed: its file, then `--set`, then flags, then IMAGES."""
     assert options.recipe is not None
     recipe = recipes.load(options.recipe, options.settings, options.overrides)
+    recipe = recipe.edit(encoder={"init": weights.spelled(recipe.encoder.init)})
     images = options.images or recipe.data.images
     if not images:
         return recipe
@@ -99,7 +119,7 @@ def wish(options: Options) -> Recipe:
 
 def refuse_other(recipe: Recipe, wanted: Recipe, folder: Path) -> None:
     """`--resume auto` with a recipe asks for that recipe: a run that was begun with another is not gone on with."""
-    ours, theirs = recipe.model_dump(), wanted.model_dump()
+    ours, theirs = recipe.model_dump(), plan.as_begun(wanted, recipe).model_dump()
     for table, keys in theirs.items():
         if table == "views":
             differ = ["views"] if keys != ours["views"] else []
@@ -117,21 +137,41 @@ def start(options: Options, where: torch.device) -> Finished:
     """A new run in a directory of its own, which is removed again if not even one step is taken."""
     if options.recipe is None:
         raise SslpreError("no recipe named", "sslpre pretrain simclr ./images")
-    wanted = wish(options)
-    found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
-    recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where))
+    wanted, found, begun, recipe = distributed.alike(lambda: planned(options, where))
     stem = Path(options.recipe).stem
-    folder, made = new_run(str(recipe.method["name"]) if stem == "recipe" else stem, options.out)
+    name = str(recipe.method["name"]) if stem == "recipe" else stem
+    distributed.agree(images=found.train.fingerprint, recipe=digest(recipe))
+    folder, made = distributed.from_first(lambda: new_run(name, options.out))
     run: loop.Run | None = None
     try:
-        run = build(folder, recipe, found, where, options)
-        write_facts(run, found, where)
-        announce(run, wanted, found)
+        run = distributed.alike(lambda: build(folder, recipe, found, where, options.workers, begun))
+        tried = step.fit(run)
+        if distributed.first():
+            if begun is not None:
+                keep_start(run, begun)
+            write_facts(run, found, where)
+            announce(run, wanted, found, tried, begun)
         return finish(run)
     except BaseException:
-        if run is None or run.step == 0:  # failed before its first step: leave nothing behind
+        if distributed.first() and (run is None or run.step == 0):  # failed before its first step: leave nothing behind
             discard(folder, made)
         raise
+
+
+def planned(options: Options, where: torch.device) -> tuple[Recipe, Found, starts.Start | None, Recipe]:
+    """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced."""
+    wanted = wish(options)
+    found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
+    begun = starts.read(wanted.encoder.init, wanted.encoder.backbone) if wanted.encoder.init else None
+    recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where), begun)
+    return wanted, found, begun, recipe
+
+
+def keep_start(run: loop.Run, begun: starts.Start) -> None:
+    """Keep the weights that a run starts from, for the probe to hold the run against; and what is known of them."""
+    starts.record(run.folder, begun)
+    facts = facts_of(run.recipe, run.objective.encoder, 0, run.facts["data"]) | begun.facts() | {"method": "start"}
+    export.write_folder(run.objective.encoder, facts, run.folder / "start")
 
 
 def refuse_nameless(path: str) -> None:
@@ -160,93 +200,8 @@ def to_resume(options: Options) -> Path | None:
     return find_run("last")
 
 
-def load_data(recipe: Recipe) -> Found:
-    return find(Path(recipe.data.images), recipe.data.max_pixels) if recipe.data.images else sample()
-
-
-def build(folder: Path, recipe: Recipe, found: Found, where: torch.device, options: Options) -> loop.Run:
-    """The run's parts, weights fresh from the seed."""
-    data, table = recipe.data, recipe.train
-    assert data.store_size != "auto" and table.batch_size != "auto" and recipe.encoder.image_size != "auto"
-    method = methods()[recipe.method["name"]]
-    if method.needs_labels and not found.train.classes:
-        raise SslpreError(
-            f"method `{recipe.method['name']}` needs labels", "put each class into a folder of its own", 4
-        )
-    views = Views(recipe.views, recipe.encoder.image_size, table.seed)
-    if len(views.sides) not in method.views:
-        wanted = (
-            f"{method.views.start} to {method.views.stop - 1}" if len(method.views) > 1 else f"{method.views.start}"
-        )
-        raise SslpreError(
-            f"recipe gives `{len(views.sides)}` views, {recipe.method['name']} takes {wanted}",
-            "see copies in [[views]]: --set views.0.copies=2",
-        )
-    if method.couples and table.batch_size < 2:
-        raise SslpreError(
-            f"batch size `{table.batch_size}` leaves {recipe.method['name']} nothing to compare",
-            f"--batch-size {max(2, len(found.train) // 8)}",
-        )
-    loop.reseed(table.seed, "init")
-    objective = (
-        make_objective(recipe, len(found.train), len(found.train.classes), views.sides)
-        .to(where)
-        .to(memory_format=torch.channels_last)
-    )
-    for network in objective.modules():
-        if isinstance(network, Encoder):
-            network.chunk = table.micro_batch * len(views.sides) if objective.couples else 0
-            if table.compile:
-                network.model.compile()
-    bad = BadList(folder / "bad_images.jsonl", data.max_bad, len(found.train))
-    workers = options.workers if options.workers is not None else min(16, os.cpu_count() or 1)
-    stream = Stream(
-        found.train,
-        side=data.store_size,
-        batch_size=table.batch_size,
-        seed=table.seed,
-        workers=workers,
-        device=where,
-        bad=bad,
-    )
-    labels = torch.from_numpy(found.train.labels).long() if method.needs_labels else torch.full((len(found.train),), -1)
-    facts = {
-        "data": found.train.fingerprint,
-        "images": len(found.train),
-        "classes": len(found.train.classes),
-        "recipe": digest(recipe),
-        "sslpre": sslpre.__version__,
-        "torch": torch.__version__,
-    }
-    optimisers = optim.build(objective, recipe.optim, where)
-    return loop.Run(folder, recipe, objective, optimisers, stream, views, labels, where, facts)
-
-
-def make_objective(recipe: Recipe, images: int, classes: int, sides: tuple[int, ...]) -> Objective:
-    """The recipe's method, with everything a method is told."""
-    table = recipe.encoder
-    assert recipe.train.batch_size != "auto" and table.image_size != "auto"
-    image_size = table.image_size
-
-    def make(colour: encoder.Colour, size: int | None) -> Encoder:
-        return encoder.build(
-            table.backbone,
-            stem=table.stem,
-            image_size=size or image_size,
-            mean=table.mean,
-            std=table.std,
-            colour=colour,
-        )
-
-    mean, std = torch.tensor(table.mean), torch.tensor(table.std)
-    setup = Setup(images, classes or None, recipe.train.batch_size, sides, mean, std, make)
-    arguments = {key: item for key, item in recipe.method.items() if key != "name"}
-    return methods()[recipe.method["name"]](setup, **arguments)
-
-
 def go_on(run: loop.Run) -> None:
     """Load the newest complete checkpoint into the run, or leave it at step 0 where there is none."""
-    checkpoint.sweep(run.folder / "checkpoints")
     saved = checkpoint.newest(run.folder)
     if saved is None:
         say(f"resume     {run.folder}: no complete checkpoint, starting at step 0")
@@ -268,11 +223,19 @@ def go_on(run: loop.Run) -> None:
             say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
     optim.load_state(run.objective, run.optimisers, saved.optim)
-    for path in (run.folder / "checkpoints").glob("step-*"):
-        if path.name > saved.path.name:  # damaged, and said so: it must not pass for one of the two that are kept
-            path.rename(path.with_name(f".damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
+    fewer(run, saved.state["part"])
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
+
+
+def tidy(run: loop.Run) -> None:
+    """Put away what a killed process left half-written, and checkpoints that turned out to be damaged."""
+    folder = run.folder / "checkpoints"
+    checkpoint.sweep(folder)
+    saved = checkpoint.newest(run.folder)
+    for path in folder.glob("step-*"):
+        if saved is not None and path.name > saved.path.name:  # it must not pass for one of the two that are kept
+            path.rename(path.with_name(f".damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
 def finish(run: loop.Run, resumed: bool = False) -> Finished:
@@ -280,17 +243,22 @@ def finish(run: loop.Run, resumed: bool = False) -> Finished:
     if resumed and run.step == run.steps and (run.folder / "encoder").is_dir():
         say(f"done       {run.folder} was finished already")
         return Finished(run.folder, run.recipe, {"run": str(run.folder), "step": run.step, "finished": True})
+    distributed.same_weights(run.objective)
+    if ranks.world() > 1:
+        ranks.synchronise(run.objective)
     try:
         figures = loop.train(run)
     except loop.Interrupted:
         hint = f"sslpre pretrain --resume {shlex.quote(str(run.folder))}"
-        raise SslpreError(
-            f"interrupted: `{run.folder}` is saved at step {run.step} of {run.steps}", hint, 130
-        ) from None
+        message = f"interrupted: `{run.folder}` is saved at step {run.step} of {run.steps}"
+        raise distributed.everywhere(SslpreError(message, hint, 130)) from None
+    distributed.leave()
+    if not distributed.first():
+        return Finished(run.folder, run.recipe, {})
     shutil.rmtree(run.folder / "encoder", ignore_errors=True)
     export.write_folder(
         run.objective.encoder,
-        facts_of(run.recipe, run.objective.encoder, run.step, run.facts["data"]),
+        facts_of(run.recipe, run.objective.encoder, run.step, run.facts["data"]) | starts.recorded(run.folder),
         run.folder / "encoder",
     )
     spent = run.seconds + figures["seconds"]
@@ -307,69 +275,3 @@ def finish(run: loop.Run, resumed: bool = False) -> Finished:
         "bad_images": run.stream.bad.count,
     }
     return Finished(run.folder, run.recipe, summary)
-
-
-def digest(recipe: Recipe) -> str:
-    """A hash of all that a run computes with; not of where the images lie, which their fingerprint tells."""
-    plain = recipe.model_dump()
-    for table, keys in (FREE | {"data": ("max_bad", "images")}).items():
-        for key in keys:
-            plain[table].pop(key)
-    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def facts_of(recipe: Recipe, network: Encoder, step: int, fingerprint: str) -> dict[str, str]:
-    """An encoder's metadata, all strings: what is needed to open it, and where it comes from."""
-    return {
-        "architecture": network.architecture,
-        "model_args": json.dumps(network.model_args),
-        "mean": json.dumps(list(recipe.encoder.mean)),
-        "std": json.dumps(list(recipe.encoder.std)),
-        "image_size": str(recipe.encoder.image_size),
-        "store_size": str(recipe.data.store_size),
-        "recipe": recipes.write(recipe),
-        "method": str(recipe.method["name"]),
-        "step": str(step),
-        "data_fingerprint": fingerprint,
-        "sslpre": sslpre.__version__,
-    }
-
-
-def open_run(folder: Path, where: torch.device) -> tuple[Encoder, Recipe, dict[str, str]]:
-    """The encoder of a run's newest complete checkpoint, its recipe and its facts. None: SslpreError (exit 5)."""
-    recipe = recipes.load(str(folder / "recipe.toml"))
-    saved = checkpoint.newest(folder)
-    if saved is None:
-        raise SslpreError(
-            f"no complete checkpoint in `{folder}`", f"sslpre pretrain --resume {shlex.quote(str(folder))}", 5
-        )
-    assert recipe.encoder.image_size != "auto"
-    sides = Views(recipe.views, recipe.encoder.image_size, recipe.train.seed).sides
-    objective = make_objective(recipe, saved.state["images"], saved.state["classes"], sides)
-    checkpoint.load_model(objective, saved.model)
-    network = objective.encoder.to(where)
-    return network, recipe, facts_of(recipe, network, saved.state["step"], saved.state["data"])
-
-
-def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
-    data = {
-        "where": found.train.where,
-        "images": len(found.train),
-        "classes": found.train.classes,
-        "fingerprint": found.train.fingerprint,
-        "note": found.note,
-        "skipped": found.skipped,
-    }
-    write_text(run.folder / "data.json", json.dumps(data, indent=1) + "\n")
-    packages = ("torch", "torchvision", "timm", "kornia", "safetensors", "numpy", "pillow")
-    environment = {
-        "sslpre": sslpre.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "device": device.label(where),
-        "threads": torch.get_num_threads(),
-        "workers": run.stream.workers,
-        **{name: version(name) for name in packages},
-    }
-    write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-    write_text(run.folder / "recipe.toml", recipes.write(run.recipe, HEADER))  # last: it makes the directory a run

@@ -1,0 +1,85 @@
+"""When a batch is larger than memory: what running out looks like, and what must be put back before another try."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+
+from sslpre.encoder import Encoder
+from sslpre.errors import SslpreError
+from sslpre.objective import Objective
+
+CODE = 12
+# What torch and its libraries say on a CPU, where running out of memory has no exception of its own.
+CPU_SAYS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a primitive")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Is this a real lack of memory, on the device or on the host?"""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_SAYS)
+
+
+def release() -> None:
+    """Give back what a failed try held. Call it when the error, whose traceback holds tensors, is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def half(part: int, side: int) -> int:
+    """The next smaller part of a batch, in images. Raises SslpreError (exit 12) where one image was too large."""
+    if part == 1:
+        raise SslpreError(
+            f"one image of `{side}` px does not fit into memory",
+            "a smaller --image-size or --backbone, or --device cpu",
+            CODE,
+        )
+    return (part + 1) // 2
+
+
+def in_parts(objective: Objective, part: int, views: int) -> None:
+    """Let a loss that couples its images see the whole batch: its encoders run `part` images (all views) at a time."""
+    for network in objective.modules():
+        if isinstance(network, Encoder):
+            network.chunk = part * views if objective.couples else 0
+
+
+def norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class Before:
+    """What a try of a step changes before any weight moves: batch statistics, and what losses leave in attributes."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.buffers = [b for norm in norms(objective) for b in norm.buffers(recurse=False)]
+        self.copies = (
+            torch._foreach_add(self.buffers, 0) if self.buffers else ()
+        )  # few launches, however many there are
+        self.plain = attributes(objective)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for buffer, kept in zip(self.buffers, self.copies, strict=True):
+            buffer.copy_(kept)
+        for name in attributes(self.objective).keys() - self.plain.keys():
+            delattr(self.objective, name)
+        for name, value in self.plain.items():
+            setattr(self.objective, name, value)
+        self.objective.zero_grad(set_to_none=True)
+
+
+def attributes(objective: Objective) -> dict[str, Any]:
+    """The objective's plain attributes; containers as copies, because a loss may fill them."""
+    return {
+        name: copy.copy(value) if isinstance(value, list | dict | set) else value
+        for name, value in vars(objective).items()
+        if not name.startswith("_") and name != "training"
+    }

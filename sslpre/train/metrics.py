@@ -1,0 +1,61 @@
+"""`metrics.jsonl`: a line of figures every few steps, read from the device only then."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from sslpre.train import distributed
+from sslpre.train.progress import Display, Meter
+from sslpre.train.runs import write_text
+
+if TYPE_CHECKING:
+    from sslpre.train.loop import Run
+
+LOG_STEPS, LOG_SECONDS = 20, 10.0  # whichever comes first
+
+
+def due(run: Run, meter: Meter) -> bool:
+    return run.step % LOG_STEPS == 0 or run.step == run.steps or time.monotonic() - meter.since > LOG_SECONDS
+
+
+def write_metrics(run: Run, log: TextIO, display: Display, meter: Meter, epoch: int) -> None:
+    """Mean of each term since the last line, over all processes: the only time the sums are read from the device."""
+    names = list(run.sums)
+    means = distributed.mean(torch.stack([run.sums[name] for name in names]) / run.summed).tolist()
+    figures: dict[str, Any] = {"step": run.step, "epoch": epoch, **dict(zip(names, means, strict=True))}
+    run.sums.clear()
+    run.summed = 0
+    figures["lr"] = next(iter(run.optimisers.values())).param_groups[0]["lr"]
+    figures |= {key: round(number, 4) for key, number in meter.lap().items()}
+    log.write(json.dumps(figures, allow_nan=False) + "\n")
+    log.flush()
+    shown = (
+        figures if "loss" in figures else figures | {"loss": next(v for k, v in figures.items() if k.endswith("loss"))}
+    )
+    display.update(run.step, shown)
+
+
+@contextlib.contextmanager
+def metrics_from(path: Path, step: int) -> Iterator[TextIO]:
+    """`metrics.jsonl`, cut back to what the checkpoint of `step` had seen, open for appending by the first process."""
+    if not distributed.first():
+        path = Path(os.devnull)
+    else:
+        cut_back(path, step)
+    with open(path, "a", encoding="utf-8") as stream:
+        yield stream
+
+
+def cut_back(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = itertools.takewhile(lambda line: line.endswith("}") and json.loads(line)["step"] <= step, lines)
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,194 @@
+"""One step: views, losses, backward, finite?, step, for each player in turn; in parts where memory asks for it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sslpre.data.stream import Pixels
+from sslpre.errors import SslpreError
+from sslpre.objective import Batch, Loss
+from sslpre.ops import ranks
+from sslpre.train import distributed, memory, optim
+
+if TYPE_CHECKING:
+    from sslpre.train.loop import Run
+
+
+def reseed(seed: int, name: str, number: int = 0) -> None:
+    """Torch's global generator as a function of (seed, what for, number): no generator state is ever stored."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
+    """One step of training. Where memory runs out, the same step again, in parts half as large.
+
+    Raises SslpreError: exit 10 on a non-finite loss, before the step; 12 where not even one image fits, or where memory
+    ran out too late to take the step again.
+    """
+    before = memory.Before(run.objective)
+    moved: list[str] = []  # players whose weights may have changed
+    while True:
+        try:
+            sums = attempt(run, pixels, epoch, moved)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            if moved or ranks.world() > 1:  # others wait for this process, or a step cannot be taken back
+                raise too_late(run, len(pixels.index)) from error
+        before.put_back()
+        memory.release()
+        fewer(run, memory.half(run.part or len(pixels.index), max(run.views.sides)))
+    for name, term in sums.items():
+        run.sums[name] = run.sums[name] + term if name in run.sums else term
+    run.step += 1
+    run.summed += 1
+    with torch.no_grad():
+        run.objective.after_step(run.step / run.steps)
+
+
+def fewer(run: Run, part: int) -> None:
+    run.part = part
+    memory.in_parts(run.objective, part, len(run.views.sides))
+
+
+def too_late(run: Run, batch: int) -> SslpreError:
+    part = max(1, (run.part or batch) // 2)
+    hint = f"go on from the last checkpoint with less: --resume {run.folder} --set train.micro_batch={part}"
+    return SslpreError(f"out of memory in step `{run.step + 1}`", hint, memory.CODE)
+
+
+def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str, Tensor]:
+    """The step itself; the sums of its terms. `moved` tells whose weights have changed, should it fail."""
+    seed = run.recipe.train.seed
+    reseed(seed, "step" if not ranks.rank() else f"step in process {ranks.rank()}", run.step)
+    share = optim.rate(run.step, run.steps, run.recipe.optim)
+    assert run.recipe.optim.lr != "auto"
+    batches = list(micro_batches(run, pixels, epoch, run.step / run.steps))
+    games = [run.objective.rounds(batch) for batch in batches]
+    sums: dict[str, Tensor] = {}
+    for player, optimiser in run.optimisers.items():
+        for group in optimiser.param_groups:
+            group["lr"] = share * run.recipe.optim.lr
+        run.objective.zero_grad(set_to_none=True)
+        for batch, game in zip(batches, games, strict=True):
+            loss = next_loss(run, game, player)
+            part = len(batch.index) / len(pixels.index)
+            (part * loss.value).backward()
+            prefix = f"{player}." if len(run.optimisers) > 1 else ""
+            for name, term in {"loss": loss.value, **loss.terms}.items():
+                name, term = prefix + name, part * term.detach().to(torch.promote_types(term.dtype, torch.float32))
+                sums[name] = sums[name] + term if name in sums else term
+        own = [p for group in optimiser.param_groups for p in group["params"]]
+        distributed.average_gradients(own)
+        refuse_nonfinite(run, sums, own)
+        moved.append(player)
+        optimiser.step()
+    for game in games:
+        if next(game, None) is not None:
+            raise TypeError(f"rounds() gave more losses than there are players ({len(run.optimisers)})")
+    return sums
+
+
+def next_loss(run: Run, game: Iterator[Loss], player: str) -> Loss:
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16"):
+        loss = next(game, None)
+    if loss is None:
+        raise TypeError(f"rounds() gave no loss for player {player}")
+    return loss
+
+
+def micro_batches(run: Run, pixels: Pixels, epoch: int, progress: float) -> Iterator[Batch]:
+    """The batch in parts that fit: one part for a loss that couples its images (the encoder then runs in chunks)."""
+    index, label = sent(pixels.index, run.device), sent(run.labels[pixels.index], run.device)
+    views = run.views(pixels.pixels, pixels.size, pixels.index, epoch)
+    size = len(pixels.index) if run.objective.couples else run.part or len(pixels.index)
+    for rows in torch.arange(len(pixels.index)).tensor_split(-(-len(pixels.index) // size)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        shown = [view[part].contiguous(memory_format=torch.channels_last) for view in views]
+        yield Batch(shown, index[part], label[part], progress, run.recipe.train.seed, epoch)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a copy from memory that is not pinned would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def refuse_nonfinite(run: Run, sums: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    """Stop before the player's step; nothing of it reaches the disk. The one place where the host waits."""
+    loss = distributed.mean(torch.stack(list(sums.values())).sum())  # each logged term too, of every process
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=loss.device)
+    if bool(torch.isfinite(loss + norm)):
+        return
+    what = "gradient" if bool(torch.isfinite(loss)) else "loss"
+    raise distributed.everywhere(
+        SslpreError(
+            f"{what} not finite at step {run.step + 1}; nothing of this step was kept",
+            "lower --lr, or use --precision fp32",
+            10,
+        )
+    )
+
+
+def fit(run: Run) -> float:
+    """Find the largest part of the batch that fits, by one real forward and backward of each size tried.
+
+    All of it happens to a copy of the objective, whose weights take the place that an optimiser's state will need.
+    Several processes try alone, then take the smallest part of all. Returns the seconds that the last try took. Raises
+    SslpreError (exit 12) where one image is too large.
+    """
+    with run.stream.peek() as pixels:
+        batch = len(pixels.index)
+        part = run.part or batch
+        seconds, failed = 0.0, None
+        while failed is None:
+            try:
+                with ranks.alone():
+                    seconds = rehearse(run, pixels, part)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error):
+                    raise
+            memory.release()
+            try:
+                part = memory.half(part, max(run.views.sides))
+            except SslpreError as error:
+                failed = error
+    parts = distributed.collected([(part, failed.message, failed.hint) if failed else (part, "", "")])
+    for _, message, hint in parts:
+        if message:
+            raise distributed.everywhere(SslpreError(message, hint, memory.CODE))
+    smallest = min(size for size, _, _ in parts)
+    fewer(run, 0 if smallest == batch else smallest)
+    memory.release()
+    return seconds
+
+
+def rehearse(run: Run, pixels: Pixels, part: int) -> float:
+    """A step's views, forward and backward with a copy of the objective, and how many seconds they took; nothing of the
+    run changes. Images in `pixels` beyond `part` have their turn after it."""
+    kept, run.part = (run.objective, run.part), part
+    run.objective = copy.deepcopy(run.objective).train()
+    try:
+        memory.in_parts(run.objective, part if part < len(pixels.index) else 0, len(run.views.sides))
+        reseed(run.recipe.train.seed, "rehearsal")
+        begun = time.monotonic()
+        batches = list(micro_batches(run, pixels, 0, run.step / run.steps))
+        games = [run.objective.rounds(batch) for batch in batches]
+        for player in run.optimisers:
+            for game in games:
+                loss = next_loss(run, game, player).value
+                loss.backward()
+                loss.item()  # waits for the device
+        return time.monotonic() - begun
+    finally:
+        run.objective, run.part = kept

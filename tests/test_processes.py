@@ -1,0 +1,192 @@
+"""Two processes as a user starts them: torchrun, what they agree on, what happens when one of them fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from sslpre.errors import SslpreError
+from sslpre.train import distributed
+
+SMALL = (
+    "--backbone",
+    "test_resnet",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "16",
+    "--precision",
+    "fp32",
+    "--workers",
+    "1",
+)
+
+
+@pytest.fixture
+def processes(tmp_path, child):
+    """Start `sslpre` in two processes that know each other, without torchrun: `processes(words0, words1)`."""
+    started = []
+
+    def start(*words, environment=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in range(2):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "-m", "sslpre", *map(str, words[rank] if len(words) > 1 else words[0])]
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env={**child, **ranks, **meeting, **(environment or {})},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def ended(running, patience=90):
+    """(exit code, stderr) of both, which must end in time."""
+    told = [process.communicate(timeout=patience) for process in running]
+    return [(process.returncode, err) for process, (_, err) in zip(running, told, strict=True)]
+
+
+def test_torchrun_trains_like_one_process(photos, tmp_path, child):
+    """The same run from the command line, by one process and by two: sums in another order, nearly the same weights."""
+    words = ["pretrain", "rotation", str(photos), *SMALL, "--epochs", "2", "--set", "optim.name=sgd", "--lr", "0.002"]
+    for launcher, out in (
+        ([sys.executable, "-m", "sslpre"], "one"),
+        ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sslpre"], "two"),
+    ):
+        done = subprocess.run(
+            [*launcher, *words, "--out", out], cwd=tmp_path, env=child, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        told = [line.split()[0] for line in done.stderr.splitlines() if line]
+        assert told.count("encoder") == told.count("run") == told.count("done") == 1, "only the first process speaks"
+    assert "processes  2, 8 images of each batch in each" in done.stderr
+    one, two = (safetensors.torch.load_file(tmp_path / out / "encoder/model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert (two[name].float() - tensor.float()).abs().max() < 5e-3, name
+    lines = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 1
+    losses = [json.loads(line[-1])["loss"] for line in lines]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    done = subprocess.run(
+        [sys.executable, "-m", "sslpre", "probe", "two", "--knn"],
+        cwd=tmp_path,
+        env=child,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_images_in_one_process(photos, tmp_path, processes):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in sorted(photos.rglob("*.jpg"))[:40]:
+        (other / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    both = [["pretrain", "simclr", images, *SMALL, "--epochs", "1", "--out", "r"] for images in (photos, other)]
+    first, second = ended(processes(*both))
+    assert first[0] == second[0] == 15
+    line = next(line for line in first[1].splitlines() if line.startswith("error:"))
+    assert line.startswith("error: processes differ in their images: `") and "in process 1" in line
+    assert "error" not in second[1], "it is told once"
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "words, what", [(["--epochs", "2"], "recipe"), (["--epochs", "1", "--out", "elsewhere"], "directory")]
+)
+def test_other_words_in_one_process(words, what, photos, processes):
+    plain = ["pretrain", "simclr", photos, *SMALL]
+    first, second = ended(
+        processes([*plain, "--epochs", "1", "--out", "r"], [*plain, *words] + ["--out", "r"] * (what == "recipe"))
+    )
+    assert first[0] == second[0] == 15 and f"error: processes differ in their {what}" in first[1]
+
+
+def test_a_mistake_of_all_is_told_once(photos, processes):
+    first, second = ended(processes(["pretrain", "simclr", photos, *SMALL, "--batch-size", "15"]))
+    assert first[0] == second[0] == 2
+    assert "error: batch size `15` cannot be shared out to 2 processes" in first[1]
+    assert "hint: --batch-size 14 or --batch-size 16" in first[1] and "error" not in second[1]
+
+
+def test_a_killed_process_ends_the_other(photos, tmp_path, processes):
+    """kill -9: nobody can say why, but the other one is gone within a minute and the run can be gone on with."""
+    running = processes(["pretrain", "simclr", photos, *SMALL, "--epochs", "500", "--out", "r"])
+    wait_for(tmp_path / "r/checkpoints/step-00000003/MANIFEST.json", running)
+    running[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    code, err = ended(running[:1])[0]
+    assert time.monotonic() - begun < 60
+    assert code == 15 and "error: process 0: another process has gone" in err
+    words = ["pretrain", "--resume", "r", "--device", "cpu", "--workers", "1"]
+    again = processes(words)[2:]
+    wait_for(tmp_path / "r/checkpoints/step-00000030/MANIFEST.json", again)
+    for process in again:
+        process.send_signal(signal.SIGINT)
+    first, second = ended(again)
+    assert (
+        first[0] == second[0] == 130 and "resume     r at step" in first[1] and "interrupted: `r` is saved" in first[1]
+    )
+
+
+def test_a_process_that_fails_speaks_last(photos, tmp_path, processes):
+    """Process 1 meets a mistake of the code in its third step; it is told by it, and the other says nothing before."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from torch.optim import SGD\n"
+        "    take = SGD.step\n"
+        "    def step(self, closure=None, count=[]):\n"
+        "        count.append(1)\n"
+        "        if len(count) == 3:\n"
+        "            raise RuntimeError('a fuse has blown')\n"
+        "        return take(self, closure)\n"
+        "    SGD.step = step\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    words = ["pretrain", "rotation", photos, *SMALL, "--epochs", "500", "--out", "r"]
+    begun = time.monotonic()
+    running = processes(words, environment={"PYTHONPATH": paths + os.pathsep + str(Path(__file__).parents[1])})
+    second = ended(running[1:])[0]
+    assert second[0] == 15 and "error: process 1: internal: RuntimeError: a fuse has blown" in second[1]
+    code, err = ended(running[:1])[0]
+    assert code == 15 and time.monotonic() - begun < 60
+    assert "a fuse has blown" not in err
+
+
+def wait_for(path, running, patience=120):
+    begun = time.monotonic()
+    while not path.exists():
+        assert all(process.poll() is None for process in running), running[0].communicate()
+        assert time.monotonic() - begun < patience
+        time.sleep(0.05)
+
+
+def test_alone_nothing_is_asked():
+    """One process: no group, no message; the functions are what they would be anyway."""
+    distributed.agree(images="a")
+    assert distributed.from_first(lambda: 3) == 3 and distributed.collected([1]) == [1]
+    assert distributed.part(10) == slice(0, 10) and distributed.summed([1.0]) == [1.0] and distributed.first()
+    with pytest.raises(SslpreError):
+        distributed.from_first(lambda: (_ for _ in ()).throw(SslpreError("x")))

@@ -18,7 +18,7 @@ from sslpre.data import BadImage
 from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
 from sslpre.probe import Report, Row, Score, interval, knn, linear, probe
-from sslpre.probe.features import Layout, chosen, describe, fingerprint, grid, layout, random_twin, readings
+from sslpre.probe.features import Layout, describe, fingerprint, grid, layout, random_twin, readings
 from sslpre.probe.judge import Answers, Judge, best
 
 PLAN = Layout(("a", "b", "c", "d", "output"), (0, 1, 2, 3, None), (1, 1, 1, 1, 1), True, ())
@@ -240,21 +240,13 @@ def test_the_grid_is_the_largest_of_at_most_4096_numbers(channels, side):
     assert found == side or channels * (found + 1) ** 2 > 4096
 
 
-@given(stages=st.integers(1, 60))
-def test_at_most_six_stages_evenly_spaced_and_the_last(stages):
-    found = chosen(stages)
-    assert len(found) == min(stages, 6) and found[-1] == stages - 1 and found[0] >= 0
-    gaps = np.diff([-1, *found])
-    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-
-
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
         ("resnet18_small", ["act1", "layer1", "layer2", "layer3", "layer4"]),
         ("test_resnet", ["act1", "layer1", "layer2", "layer3", "layer4"]),
         ("test_vit", [f"blocks.{at}" for at in range(6)]),
-        ("vit_tiny_patch16_224", [f"blocks.{at}" for at in (1, 3, 5, 7, 9, 11)]),
+        ("vit_tiny_patch16_224", [f"blocks.{at}" for at in range(12)]),
         ("test_convnext", ["stages.0", "stages.1", "stages.2", "stages.3"]),
         ("test_efficientnet", ["blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4"]),
         ("mobilenetv3_small_050", ["bn1", "blocks.0", "blocks.1", "blocks.3", "blocks.5"]),
@@ -265,7 +257,7 @@ def test_stages_are_named_as_timm_names_them_and_the_output_is_the_encoders(name
     plan = layout(network)
     assert plan.names == (*stages, "output") and plan.at_once
     assert [network.stage_names[at] for at in plan.stages[:-1]] == stages and plan.stages[-1] is None
-    assert ("6 of the 12 stages of vit_tiny_patch16_224" in " ".join(plan.notes)) == (name == "vit_tiny_patch16_224")
+    assert plan.stages[:-1] == tuple(range(len(network.stage_names))), "every stage"
     x = torch.rand(3, 3, 32, 32)
     with torch.inference_mode():
         found = describe(network, plan, x, range(len(plan.names)))

@@ -21,7 +21,6 @@ from sslpre.views.build import centre
 
 RAW_SIDE = 32
 LARGEST = 4096  # numbers that a stage's map is pooled to, at most
-STAGES = 6  # of an encoder that are looked at, at most; a ViT has one for each block
 CALIBRATION = 2048  # images that set the batch statistics of random weights
 
 
@@ -104,17 +103,11 @@ def grid(channels: int, side: int) -> int:
     return max(1, min(side, math.isqrt(LARGEST // channels)))
 
 
-def chosen(stages: int) -> list[int]:
-    """Up to 6 of so many stages, evenly spaced, the last among them."""
-    few = min(stages, STAGES)
-    return [round((at + 1) * stages / few) - 1 for at in range(few)]
-
-
 def layout(encoder: Encoder) -> Layout:
     """What can be read from `encoder`, found by reading two random images. It must be in evaluation mode."""
     side, names = encoder.image_size, encoder.stage_names
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(encoder.mean.device)
-    output, indices = "output", chosen(len(names)) if names else []
+    output, indices = "output", [*range(len(names))]
     if not indices:
         note = f"{encoder.architecture} does not give its stages: the table has its output alone"
         return Layout((output,), (None,), (encoder.dim,), False, (note,))
@@ -130,9 +123,7 @@ def layout(encoder: Encoder) -> Layout:
     at_once = headed.shape == whole.shape and torch.allclose(headed, whole, rtol=1e-4, atol=1e-5)
     found = [(names[index], index, pooled(one).shape[1]) for index, one in zip(indices, maps, strict=True)]
     titles, places, dims = zip(*found, strict=True)
-    left_out = f"{len(indices)} of the {len(names)} stages of {encoder.architecture} are in the table, evenly spaced"
-    notes = (left_out,) if len(indices) < len(names) else ()
-    return Layout((*titles, output), (*places, None), (*dims, encoder.dim), at_once, notes)
+    return Layout((*titles, output), (*places, None), (*dims, encoder.dim), at_once, ())
 
 
 def pooled(stage: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
         "device": device.label(where),
         "threads": torch.get_num_threads(),
         "workers": run.stream.workers,
+        "processes": run.stream.world,
         **{name: version(name) for name in packages},
     }
     write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")

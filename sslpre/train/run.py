@@ -241,8 +241,10 @@ def tidy(run: loop.Run) -> None:
 def finish(run: loop.Run, resumed: bool = False) -> Finished:
     """Train to the end, write the run's `encoder/`, and sum up."""
     if resumed and run.step == run.steps and (run.folder / "encoder").is_dir():
+        distributed.leave()
         say(f"done       {run.folder} was finished already")
-        return Finished(run.folder, run.recipe, {"run": str(run.folder), "step": run.step, "finished": True})
+        summary = {"run": str(run.folder), "step": run.step, "finished": True}
+        return Finished(run.folder, run.recipe, summary if distributed.first() else {})
     distributed.same_weights(run.objective)
     if ranks.world() > 1:
         ranks.synchronise(run.objective)

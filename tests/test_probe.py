@@ -368,10 +368,10 @@ def test_noise_is_worth_chance_and_colour_is_found():
     seeing = run(encoder(), Pictures(labels, 0.3), Pictures(test_labels, 0.3, seed=1))
     assert seeing.last("raw pixels").linear.accuracy > 0.95
     assert seeing.beats()["linear"]["chance"] and seeing.beats()["knn"]["chance"]
-    stages = [f"blocks.{at}" for at in (0, 2, 3, 4, 6, 7)]
+    stages = [f"blocks.{at}" for at in range(8)]
     assert [row.features for row in seeing.rows] == [*stages, "output"] * 2 + ["16x16"]
-    assert [row.weights for row in seeing.rows] == ["encoder"] * 7 + ["random weights"] * 7 + ["raw pixels"]
-    assert [row.stage for row in seeing.rows] == [0, 2, 3, 4, 6, 7, None] * 2 + [None]
+    assert [row.weights for row in seeing.rows] == ["encoder"] * 9 + ["random weights"] * 9 + ["raw pixels"]
+    assert [row.stage for row in seeing.rows] == [*range(8), None] * 2 + [None]
     assert len(set(seeing.last("random weights").linear.strengths)) == 1, "the first seed's, for all three"
     assert len(seeing.last("random weights").linear.strengths) == 3
 

@@ -150,8 +150,9 @@ def test_a_killed_process_ends_the_other(photos, tmp_path, processes):
     )
 
 
-def test_a_process_that_fails_speaks_last(photos, tmp_path, processes):
-    """Process 1 meets a mistake of the code in its third step; it is told by it, and the other says nothing before."""
+@pytest.fixture
+def fuse(tmp_path):
+    """Environment in which process 1 meets a mistake of the code in its third step."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -164,15 +165,33 @@ def test_a_process_that_fails_speaks_last(photos, tmp_path, processes):
         "        return take(self, closure)\n"
         "    SGD.step = step\n"
     )
-    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    paths = [str(tmp_path), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+BLOWN = "error: process 1: internal: RuntimeError: a fuse has blown"
+
+
+def test_a_process_that_fails_speaks_and_the_other_does_not(photos, processes, fuse):
     words = ["pretrain", "rotation", photos, *SMALL, "--epochs", "500", "--out", "r"]
     begun = time.monotonic()
-    running = processes(words, environment={"PYTHONPATH": paths + os.pathsep + str(Path(__file__).parents[1])})
+    running = processes(words, environment=fuse)
     second = ended(running[1:])[0]
-    assert second[0] == 15 and "error: process 1: internal: RuntimeError: a fuse has blown" in second[1]
+    assert second[0] == 15 and BLOWN in second[1]
     code, err = ended(running[:1])[0]
     assert code == 15 and time.monotonic() - begun < 60
     assert "a fuse has blown" not in err
+
+
+def test_under_torchrun_the_error_comes_last(photos, tmp_path, child, fuse):
+    words = ["pretrain", "rotation", str(photos), *SMALL, "--epochs", "500", "--out", "r"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sslpre"]
+    begun = time.monotonic()
+    done = subprocess.run([*torchrun, *words], cwd=tmp_path, env={**child, **fuse}, capture_output=True, text=True)
+    assert time.monotonic() - begun < 60 and done.returncode == 1
+    *_, root_cause, rule = done.stderr.strip().splitlines()
+    assert BLOWN in root_cause and set(rule) == {"="}
+    assert "exitcode  : 15" in done.stderr
 
 
 def wait_for(path, running, patience=120):

@@ -55,12 +55,10 @@ def for_torchrun(told: SslpreError) -> None:
     if path:
         import json
 
-        message = {
-            "message": f"error: {told.message}",
-            "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))},
-        }
+        text = f"error: {told.message}; hint: {told.hint}"
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": message}, file)
+            json.dump({"message": {"message": text, "extraInfo": more}}, file)
 
 
 def end(code: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import kornia
@@ -15,10 +18,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslpre.errors import SslpreError
-from sslpre.timm import small_stems
+from sslpre.timm import small_stem_of, small_stems
 
 Colour = Literal["rgb", "luma", "chroma"]
 CHANNELS: dict[str, int] = {"rgb": 3, "luma": 1, "chroma": 2}
+SIDES = range(8, 4097)  # pixels of an image's side, as a recipe allows them
+SIZES = ("img_size", "dynamic_img_size")  # arguments of a network that follow from the image size
+GIVEN = ("self", "num_classes", "in_chans", "device", "dtype")  # what sslpre itself says when it builds a network
+LARGEST = 8192  # number among a network's arguments: no published network is wider, and a file must not fill the memory
+WHOLE = (torch.int64, torch.int32, torch.bool)  # counters and tables of indices; weights are floating-point numbers
 
 
 class Encoder(nn.Module):
@@ -83,7 +91,8 @@ class Encoder(nn.Module):
         """timm's names of the stages, shallow to deep, as `out_indices` counts them; none where the model has none."""
         if not hasattr(self.model, "forward_intermediates"):
             return ()
-        names = tuple(str(info["module"]) for info in getattr(self.model, "feature_info", ()))
+        told = [str(info["module"]) for info in getattr(self.model, "feature_info", ())]
+        names = tuple(name or f"stage{i}" for i, name in enumerate(told))  # TResNet's first has an empty one
         return names if len(set(names)) == len(names) else tuple(f"stage{i}" for i in range(len(names)))
 
     def stages(self, x: Tensor) -> list[tuple[str, Tensor]]:
@@ -122,12 +131,14 @@ def build(
     mean: Sequence[float],
     std: Sequence[float],
     colour: Colour = "rgb",
+    model_args: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """An encoder with fresh weights from torch's global generator.
 
     stem: "small" swaps a ResNet's 7×7 stride-2 convolution and max-pool for a 3×3 stride-1 convolution; "auto" does
-    so up to 64 px; "timm" never. Raises SslpreError (exit 2) for an unknown backbone, a stem it cannot have, and a size
-    that the patch does not divide.
+    so up to 64 px; "timm" never. model_args: arguments of timm's network besides its size, such as {"num_heads": 12}.
+    Raises SslpreError (exit 2) for an unknown backbone, a stem it cannot have, a size that the patch does not divide,
+    and arguments that the network does not have.
     """
     name, dot, _ = backbone.partition(".")
     if dot and timm.is_model(name):  # timm's `name.tag` means pretrained weights, which would not be loaded
@@ -141,7 +152,12 @@ def build(
         hint = "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18"
         raise SslpreError(f"no timm backbone `{backbone}`", hint)
     channels: dict[str, Any] = {} if colour == "rgb" else {"in_chans": CHANNELS[colour]}
-    arguments = size_arguments(architecture, image_size)
+    more = dict(model_args or {})
+    try:
+        check_arguments(architecture, more)
+    except ValueError as error:
+        raise SslpreError(f"`model_args`: {error}", "--set encoder.model_args={}") from error
+    arguments = more | size_arguments(architecture, image_size, more)
     try:
         model = timm.create_model(architecture, num_classes=0, **arguments, **channels)
         network = Encoder(model, architecture, arguments, image_size, mean, std, colour)
@@ -151,6 +167,10 @@ def build(
         own = timm.get_pretrained_cfg(architecture)
         usual = own.input_size[-1] if own is not None else 224
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if more:
+            told = ", ".join(f"{name}={value!r}" for name, value in more.items())
+            message = f"`{architecture}` cannot be built for {image_size} px with `{told}`: {reason}"
+            raise SslpreError(message, "--set encoder.model_args={}, or another --image-size") from error
         raise SslpreError(f"`{architecture}` cannot take {image_size} px: {reason}", f"--image-size {usual}") from error
     if features.shape != (1, network.dim):
         raise SslpreError(
@@ -161,7 +181,7 @@ def build(
 
 def takes_small(backbone: str, stem: str, image_size: int) -> bool:
     """Does this recipe's network get the small stem? Raises SslpreError (exit 2) where it is asked for in vain."""
-    if stem == "small" and backbone not in small_stems and not backbone.endswith("_small"):
+    if stem == "small" and backbone not in small_stems and small_stem_of(backbone) is None:
         fitting = ", ".join(sorted(small_stems)[:4])
         raise SslpreError(
             f"`{backbone}` cannot have a small stem", f"--set encoder.stem=timm; small stems fit {fitting}"
@@ -171,10 +191,20 @@ def takes_small(backbone: str, stem: str, image_size: int) -> bool:
     return backbone in small_stems and (stem == "small" or (stem == "auto" and image_size <= 64))
 
 
-def size_arguments(architecture: str, image_size: int) -> dict[str, Any]:
-    """What `create_model` must be told about the image size: nothing for convolutions, the size for ViTs."""
-    with torch.device("meta"):  # a look at the structure, no memory and no random numbers
-        model = timm.create_model(architecture, num_classes=0)
+def size_arguments(architecture: str, image_size: int, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `create_model` must be told about the image size: nothing for convolutions, the size for ViTs.
+
+    model_args: what else it is told. Raises SslpreError (exit 2) where the network's patches do not divide the size, or
+    it cannot be built with those arguments.
+    """
+    try:
+        with torch.device("meta"):  # a look at the structure, no memory and no random numbers
+            model = timm.create_model(architecture, num_classes=0, **dict(model_args or {}))
+    except Exception as error:  # each of timm's networks refuses in its own way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = ", ".join(f"{name}={value!r}" for name, value in (model_args or {}).items())
+        message = f"`{architecture}` cannot be built with `{told}`: {reason}"
+        raise SslpreError(message, "--set encoder.model_args={}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None:
         side = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
@@ -187,3 +217,81 @@ def size_arguments(architecture: str, image_size: int) -> dict[str, Any]:
     if "img_size" in inspect.signature(type(model).__init__).parameters:  # laid out for one size
         return {"img_size": image_size}
     return {}
+
+
+def check_arguments(architecture: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that are none of the network itself, or are too large to be meant.
+
+    `create_model` takes many more, which would fetch weights or give another kind of object.
+    """
+    known = arguments_of(architecture)
+    odd = [name for name in arguments if name not in known]
+    if odd:
+        near = difflib.get_close_matches(str(odd[0]), known, n=1, cutoff=0.5)
+        told = f", did you mean `{near[0]}`?" if near else ""
+        raise ValueError(f"a network `{architecture}` has no argument `{odd[0]}`{told}")
+    todo: list[Any] = list(arguments.values())
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping | list | tuple):
+            todo += item.values() if isinstance(item, Mapping) else item
+        elif isinstance(item, int | float) and not abs(item) <= LARGEST:  # NaN is not
+            raise ValueError(f"`{item}` is no number of -{LARGEST} to {LARGEST}")
+    if len(json.dumps(dict(arguments), default=str)) > LARGEST:
+        raise ValueError("the arguments are longer than any network needs")
+
+
+@cache
+def arguments_of(architecture: str) -> frozenset[str]:
+    """Names of the arguments that timm's network takes, besides those that sslpre itself gives; never its size."""
+    with torch.device("meta"):
+        kind = type(timm.create_model(architecture, num_classes=0))
+    found: set[str] = set()
+    for one in kind.__mro__:  # where a class hands on what it does not know, its parents' too
+        parameters = inspect.signature(one.__init__).parameters.values()  # type: ignore[misc]
+        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return frozenset(found - {*GIVEN, *SIZES})
+
+
+def standardisation(mean: Any, std: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the three channels, as they were typed and not as float32 spells them.
+
+    Raises ValueError or TypeError for what is not three numbers each, means in [0, 1] and deviations above 0.
+    """
+    centres, spreads = ([float(f"{float(number):.7g}") for number in numbers] for numbers in (mean, std))
+    if len(centres) != 3 or not all(0 <= centre <= 1 for centre in centres):
+        raise ValueError(f"the means {centres} are not three numbers of 0 to 1")
+    if len(spreads) != 3 or not all(1e-6 <= spread <= 1e6 and math.isfinite(spread) for spread in spreads):
+        raise ValueError(f"the deviations {spreads} are not three numbers above 0")
+    return centres, spreads
+
+
+def side(number: Any) -> int:
+    """An image's side in pixels. Raises ValueError or TypeError for what is no whole number of 8 to 4096."""
+    found = int(number)
+    if found not in SIDES:
+        raise ValueError(f"{found} px is no image size, which is {SIDES.start} to {SIDES.stop - 1}")
+    return found
+
+
+def in_float32(
+    tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Weights of any floating type as float32; counters and tables of indices as they are.
+
+    own: the network's tensors of the same names, of which one that floats takes no whole numbers. Raises SslpreError:
+    exit 5 for numbers of another kind, 10 for weights that are not finite.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        floats = own is not None and name in own and own[name].is_floating_point()
+        if not tensor.is_floating_point() and (floats or tensor.dtype not in WHOLE):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            message = f"`{source}`: the weights `{name}` are {kind} numbers, not floating-point ones"
+            raise SslpreError(message, "save them as float32 with the program that wrote them", 5)
+        found[name] = tensor.float() if tensor.is_floating_point() else tensor
+        if not found[name].isfinite().all():
+            raise SslpreError(f"`{source}`: the weights `{name}` are not finite", "take other weights", 10)
+    return found

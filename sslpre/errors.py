@@ -1,4 +1,4 @@
-"""The only error a user sees without `--debug`."""
+"""The only error a user sees without `--debug`, and how text of unknown origin is shown."""
 
 
 class SslpreError(Exception):
@@ -13,3 +13,8 @@ class SslpreError(Exception):
         super().__init__(message)
         self.message, self.hint, self.code = message, hint, code
         self.everywhere = False
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and undecodable bytes written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

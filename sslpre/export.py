@@ -7,7 +7,6 @@ of the encoder that was trained.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -22,12 +21,13 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 import sslpre
-from sslpre.encoder import Encoder
+from sslpre.encoder import SIDES, SIZES, Encoder, check_arguments, in_float32, side, standardisation
 from sslpre.errors import SslpreError
 from sslpre.synced import sync_folder, write_synced
-from sslpre.timm import small_stems
+from sslpre.timm import small_stem_of
 
 TOLERANCE = 1e-4  # of the largest feature
 PATIENCE = 600  # seconds for the fresh process
@@ -199,7 +199,7 @@ def usage(encoder: Encoder, out: Path, stage: int | None = None) -> list[str]:
     mean, std = colours(encoder)
     size = encoder.image_size
     lines = ["import timm", "import torch"]
-    if encoder.architecture.removesuffix("_small") in small_stems and encoder.architecture.endswith("_small"):
+    if small_stem_of(encoder.architecture) is not None:
         lines.append(f"import sslpre.timm  # registers {encoder.architecture}, which plain timm does not have")
     if out.suffix == ".safetensors":
         arguments = "".join(f", {name}={value!r}" for name, value in encoder.model_args.items())
@@ -213,7 +213,12 @@ def usage(encoder: Encoder, out: Path, stage: int | None = None) -> list[str]:
         what = "" if stage is None else f", features_only=True, out_indices=({stage},)"
         note = "  # num_classes=10 for a new head" if stage is None else ""
         lines.append(f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True{what}){note}")
-    of_stage = "" if stage is None else "[0]" + (".permute(0, 3, 1, 2)" if channels_last(encoder, stage) else "")
+    of_stage = ""
+    if stage is not None:
+        network = dense(encoder, stage)
+        of_stage = "[0].permute(0, 3, 1, 2)" if channels_last(network) else "[0]"
+        if is_pruned(network, encoder):
+            lines.append("# timm warns of unexpected keys here: of layers after the stages, which no map needs")
     features = f"model.eval()((images - mean) / std){of_stage}"
     return [
         *lines,
@@ -224,13 +229,27 @@ def usage(encoder: Encoder, out: Path, stage: int | None = None) -> list[str]:
     ]
 
 
-def channels_last(encoder: Encoder, stage: int) -> bool:
-    """Does timm's `features_only` network give maps as [N, H, W, C]? Swin's does."""
+def dense(encoder: Encoder, stage: int) -> Any:
+    """timm's `features_only` network of the same kind, without weights."""
     with torch.device("meta"):
-        network = timm.create_model(
+        return timm.create_model(
             encoder.architecture, num_classes=0, features_only=True, out_indices=(stage,), **encoder.model_args
         )
+
+
+def channels_last(network: Any) -> bool:
+    """Does a `features_only` network give maps as [N, H, W, C]? Swin's does."""
     return getattr(network, "output_fmt", None) == "NHWC"
+
+
+def is_pruned(network: Any, encoder: Encoder) -> bool:
+    """Is it a `features_only` network of its own class, which lacks layers before the weights are read into it?
+
+    Others are whole while they are read, and then wrapped in one of timm's dictionaries of modules.
+    """
+    return not isinstance(network, nn.ModuleDict) and bool(
+        encoder.model.state_dict().keys() - network.state_dict().keys()
+    )
 
 
 def prove(encoder: Encoder, lines: list[str], out: Path, stage: int | None = None) -> None:
@@ -304,14 +323,17 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, str]]:
     missing = [name for name in FACTS if name not in facts]
     if missing:
         raise SslpreError(f"`{file}` was not written by sslpre: its metadata has no `{missing[0]}`", NEEDED, 5)
-    encoder = rebuilt(file, facts)
-    own = {name: tuple(tensor.shape) for name, tensor in encoder.model.state_dict().items()}
+    with torch.device("meta"):  # the file's own tensors tell what memory the network may take
+        plan = rebuilt(file, facts)
+    own = {name: tuple(tensor.shape) for name, tensor in plan.model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if own != theirs:
         odd = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
         matching = len(own.keys() | theirs.keys()) - len(odd)
-        message = f"`{file}` fits {matching} of {len(own)} tensors of {encoder.architecture}, not `{odd[0]}`"
+        message = f"`{file}` fits {matching} of {len(own)} tensors of {plan.architecture}, not `{odd[0]}`"
         raise SslpreError(message, "export it again, with the timm that is installed", 5)
+    tensors = in_float32(tensors, str(file), plan.model.state_dict())
+    encoder = rebuilt(file, facts)
     encoder.model.load_state_dict(tensors, strict=True)
     return encoder.eval(), facts
 
@@ -319,30 +341,19 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, str]]:
 def rebuilt(file: Path, facts: dict[str, str]) -> Encoder:
     """The network that the metadata describes, with weights yet to be loaded. The metadata is not trusted."""
     architecture = facts["architecture"]
-    if not timm.is_model(architecture):  # names like hf-hub:… would reach for the network
+    if "." in architecture or not timm.is_model(architecture):  # names like hf-hub:… would reach for the network
         message = f"`{file}` is of the architecture `{architecture}`, which timm {timm.__version__} does not have"
         raise SslpreError(message, "pip install -U timm", 5)
     try:
-        arguments, mean, std = (json.loads(facts[name]) for name in ("model_args", "mean", "std"))
-        model = timm.create_model(
-            architecture,
-            num_classes=0,
-            pretrained=False,  # this and the next are given here, so that metadata which gives them again is refused
-            pretrained_cfg=None,
-            pretrained_cfg_overlay=None,
-            checkpoint_path=None,
-            cache_dir=None,
-            **arguments,
-        )
-        return Encoder(model, architecture, arguments, int(facts["image_size"]), colour(mean), colour(std))
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        arguments = {**json.loads(facts["model_args"])}
+        check_arguments(architecture, {name: item for name, item in arguments.items() if name not in SIZES})
+        size = arguments.get("img_size", SIDES.start)
+        for number in size if isinstance(size, list) else [size]:
+            side(number)
+        image_size = side(facts["image_size"])
+        mean, std = standardisation(json.loads(facts["mean"]), json.loads(facts["std"]))
+        model = timm.create_model(architecture, num_classes=0, pretrained=False, **arguments)
+        return Encoder(model, architecture, arguments, image_size, mean, std)
+    except Exception as error:  # each of timm's networks refuses in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SslpreError(f"the metadata of `{file}` cannot be used: {reason}", NEEDED, 5) from error
-
-
-def colour(numbers: Any) -> list[float]:
-    """Three finite numbers, or ValueError."""
-    found = [float(number) for number in numbers]
-    if len(found) != 3 or not all(map(math.isfinite, found)):
-        raise ValueError(f"{numbers} are not three colours")
-    return found

@@ -9,10 +9,10 @@ prefix, in the right shapes; what is left over must be no part of its trunk.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import math
 import re
+import shlex
 import warnings
 import zipfile
 from collections import Counter
@@ -25,13 +25,13 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sslpre.encoder import Encoder
-from sslpre.errors import SslpreError
-from sslpre.export import usage, write
-from sslpre.timm import small_stems
+from sslpre.encoder import SIDES, Encoder, in_float32
+from sslpre.errors import SslpreError, printable
+from sslpre.export import FACTS, usage, write
+from sslpre.timm import architecture_of, small_stem_of, small_stems
 from sslpre.weights import check_import
 
 Tensors = dict[str, Tensor]
@@ -129,19 +129,37 @@ def bring(old: Path, new: Path, backbone: str | None = None) -> tuple[list[str],
     Gives back what to say of it, and the Python lines that open it.
 
     backbone: the network that it is; None: found among the common ones. Raises SslpreError: exit 2 where `old` is not
-    there, `new` exists or does not end in .safetensors; 3 where `new` cannot be written; 5 for a file that cannot be
-    read, needs more than `weights_only=True`, or fits no network; 10 for weights that are not finite.
+    there or ours already, `new` exists or does not end in .safetensors; 3 where `new` cannot be written; 5 for a file
+    that cannot be read, needs more than `weights_only=True`, or fits no network; 10 for weights that are not finite.
     """
     check_import(old, new)
     known = None if backbone is None else architecture_of(backbone)
+    history = told_by(old)
     match = find(flat(read(old)), old, known)
-    encoder = rebuilt(match)
+    encoder = rebuilt(match, str(old))
     with old.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     source = old.name.encode("utf-8", "backslashreplace").decode()
-    facts = {"method": "imported", "step": "0", "source": source, "source_sha256": digest, "origin": source}
-    write(encoder, facts, new)
+    origin = source + (f", from {history['origin']}" if "origin" in history else "")
+    facts = {"method": "imported", "step": "0", "source": source, "source_sha256": digest}
+    write(encoder, facts | history | {"origin": origin}, new)
     return said(match, encoder), usage(encoder, new)
+
+
+def told_by(old: Path) -> dict[str, str]:
+    """Licence and origin, where a safetensors file's metadata tells them. Raises SslpreError (exit 2) for ours."""
+    if old.suffix.lower() != ".safetensors":
+        return {}
+    try:
+        with safe_open(str(old), "pt") as stored:
+            metadata = stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise unreadable(old, error) from error
+    if all(name in metadata for name in FACTS):
+        raise SslpreError(f"`{old}` was written by sslpre and needs no import", f"--init {shlex.quote(str(old))}")
+    words = {"licence": ("licence", "license"), "origin": ("origin", "origin_url")}
+    found = {fact: next((metadata[key] for key in keys if key in metadata), "") for fact, keys in words.items()}
+    return {fact: printable(text) for fact, text in found.items() if text}
 
 
 def read(path: Path) -> Any:
@@ -197,19 +215,10 @@ def trunk(architecture: str) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def architecture_of(backbone: str) -> str:
-    """timm's name without the tag. Raises SslpreError (exit 2) where there is none such."""
-    name = backbone.partition(".")[0]
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.3)
-        raise SslpreError(f"no timm backbone `{backbone}`", f"--backbone {near[0] if near else 'resnet18'}")
-    return name
-
-
 def dialects(known: str | None) -> Iterator[Dialect]:
     """How the file may be written; `known` alone where the architecture is named, also in timm's plain names."""
     for dialect in DIALECTS:
-        if known is None or known.removesuffix("_small") in dialect.architectures:
+        if known is None or (small_stem_of(known) or known) in dialect.architectures:
             yield dialect if known is None else Dialect(dialect.anchor, (known,), dialect.words)
     if known is not None:
         yield Dialect(max(trunk(known), key=len), (known,))
@@ -318,21 +327,27 @@ def classifiers(architecture: str) -> tuple[str, ...]:
 def matched(architecture: str, prefix: str, inside: Tensors, tensors: Tensors) -> Match:
     own = sized(architecture, inside)
     for name in own:
-        if name in inside and not inside[name].isfinite().all():
-            raise SslpreError(f"the weights `{prefix}{name}` are not finite", "import an earlier checkpoint", 10)
+        if name in inside and inside[name].nbytes > inside[name].untyped_storage().nbytes():
+            message = f"the weights `{prefix}{name}` claim {inside[name].numel():,} numbers, and the file has fewer"
+            raise SslpreError(message, "save network.state_dict() with the program that wrote it", 5)
     taken = {name: inside[name].reshape(shape) for name, shape in own.items() if name in inside}
     arguments: dict[str, Any] = {}
     side = grid(own, taken["pos_embed"]) if "pos_embed" in taken else None
     if side is not None:
-        arguments = {"img_size": side * own["patch_embed.proj.weight"][-1], "dynamic_img_size": True}
-        if re.search(r"(base|momentum)_encoder\.$", prefix) and own["cls_token"][-1] == 384:
+        size = side * own["patch_embed.proj.weight"][-1]
+        if size not in SIDES:
+            raise SslpreError(f"`{prefix}pos_embed` is for images of {size:,} px, which no run has", "other weights", 5)
+        arguments = {"img_size": size, "dynamic_img_size": True}
+        if moco_v3(prefix) and own["cls_token"][-1] == 384:
             arguments["num_heads"] = 12  # MoCo v3's ViT-S, appendix of https://arxiv.org/abs/2104.02057; timm's has 6
-    rest = [name for name in tensors if not name.startswith(prefix)]
-    outside = [name for name in inside if name not in own]
-    left = left_out(
-        [*((group(name, prefix), tensors[name]) for name in rest), *((first(n), inside[n]) for n in outside)]
-    )
-    return Match(architecture, arguments, prefix, taken, len(own) - len(taken), left)
+    rest = [(group(name, prefix), tensor) for name, tensor in tensors.items() if not name.startswith(prefix)]
+    rest += [(first(name), tensor) for name, tensor in inside.items() if name not in own]
+    return Match(architecture, arguments, prefix, taken, len(own) - len(taken), left_out(rest))
+
+
+def moco_v3(prefix: str) -> bool:
+    """Do a network's names begin as in MoCo v3's files? Nothing else tells whose ViT it is, and thus its heads."""
+    return re.search(r"(base|momentum)_encoder\.$", prefix) is not None
 
 
 def first(name: str) -> str:
@@ -353,13 +368,14 @@ def left_out(parts: list[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: f"{count} tensors" if count > 1 else single[name] for name, count in counts.items()}
 
 
-def rebuilt(match: Match) -> Encoder:
-    """The encoder, every tensor of it from the file."""
+def rebuilt(match: Match, source: str) -> Encoder:
+    """The encoder, every tensor of it from the file `source`. Raises SslpreError: exit 5 for other numbers, 10."""
     model = timm.create_model(match.architecture, num_classes=0, **match.model_args)
     cfg = timm.get_pretrained_cfg(match.architecture)
     usual = cfg.input_size[-1] if cfg is not None else 224
-    counters = {name: tensor for name, tensor in model.state_dict().items() if COUNTER in name}
-    model.load_state_dict({**counters, **match.tensors}, strict=True)
+    own = model.state_dict()
+    counters = {name: tensor for name, tensor in own.items() if COUNTER in name}
+    model.load_state_dict({**counters, **in_float32(match.tensors, source, own)}, strict=True)
     size = match.model_args.get("img_size", usual)
     return Encoder(model, match.architecture, match.model_args, size, MEAN, STD).eval()
 
@@ -375,7 +391,8 @@ def said(match: Match, encoder: Encoder) -> list[str]:
     if match.left:
         lines.append("left out: " + ", ".join(f"{name} ({count})" for name, count in match.left.items()))
     heads = {block.attn.num_heads for block in getattr(encoder.model, "blocks", []) if hasattr(block, "attn")}
-    told = f", {heads.pop()} heads" if len(heads) == 1 else ""
-    told += ", no max-pool after its stem" if match.architecture.endswith("_small") else ""
+    guess = "" if moco_v3(match.prefix) else " (a guess: no tensor tells)"
+    told = f", {heads.pop()} heads{guess}" if len(heads) == 1 else ""
+    told += ", no max-pool after its stem" if small_stem_of(match.architecture) else ""
     lines.append(f"taken to be: {encoder.image_size} px{told}, images standardised with ImageNet's mean and deviation")
     return lines

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from sslpre.errors import SslpreError
 from sslpre.shelf import names, text
@@ -69,6 +69,16 @@ class EncoderTable(Table):
         0.224,
         0.225,
     )
+    model_args: dict[str, Any] = {}  # of timm's network besides its size, such as { num_heads = 12 }
+
+    @field_validator("model_args")
+    @classmethod
+    def plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name, item in arguments.items():
+            for one in item if isinstance(item, list) else [item]:
+                if not isinstance(one, str | int | float) or one != one:
+                    raise ValueError(f"`encoder.model_args.{name} = {item}`: only numbers, words, true and false")
+        return arguments
 
 
 class DataTable(Table):
@@ -291,6 +301,8 @@ def value(item: Any) -> str:
     if isinstance(item, (list, tuple)):
         return "[" + ", ".join(value(one) for one in item) + "]"
     if isinstance(item, dict):
+        if not item:
+            return "{}"
         return "{ " + ", ".join(f"{value(key)} = {value(one)}" for key, one in item.items()) + " }"
     if isinstance(item, (int, float)):
         return repr(item)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +18,13 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor
 
-from sslpre.encoder import Encoder, build
-from sslpre.errors import SslpreError
+from sslpre.encoder import SIZES, Encoder, build, in_float32, side, standardisation
+from sslpre.errors import SslpreError, printable
 from sslpre.export import FACTS, open_encoder
-from sslpre.timm import small_stems
+from sslpre.timm import architecture_of, small_stem_of
 from sslpre.train.runs import is_run, write_text
 from sslpre.weights import FOLDER, PRETRAINED, TIMM, locate, of_timm
 
@@ -43,7 +43,8 @@ class Start:
     init: what stands in a recipe to find the same weights again, `timm:NAME.TAG` or an absolute path; source: the same
     for people to read; origin: where the weights come from, also from whom the source had them; stem: "small" or
     "timm"; image_size: side in pixels that they were trained at; mean, std: what images must be standardised with;
-    extra: arguments of the network besides its size; dropped: tensors of a classifier that were left out of `tensors`.
+    extra: arguments of the network besides its size; dropped: tensors of a classifier that were left out of `tensors`;
+    ours: written by sslpre, which knows of them all that there is to know.
     """
 
     init: str
@@ -58,6 +59,7 @@ class Start:
     tensors: dict[str, Tensor]
     dropped: int
     extra: dict[str, Any]
+    ours: bool = False
 
     def facts(self) -> dict[str, str]:
         """What an export of the run says of its beginning."""
@@ -65,28 +67,30 @@ class Start:
         return {name: fact for name, fact in told.items() if fact}
 
 
-def read(init: str, backbone: str) -> Start:
+def read(init: str, backbone: str, stem: str = "auto") -> Start:
     """The weights that `init` names: "pretrained" or "timm:NAME.TAG", a run, an export, a `.safetensors` file.
 
-    backbone: the recipe's; "pretrained" and a file without metadata need it, and it may carry one of timm's tags.
+    backbone, stem: the recipe's; "pretrained" and a file without metadata need the first, and it may carry a tag of
+    timm's; that timm's weights do not have the second is told before they are fetched.
     Raises SslpreError: exit 2 for what is not there, 3 where the network is needed and not reached, 5 for a file that
     cannot be read or is of another kind, 10 for weights that are not finite.
     """
     if of_timm(init):
-        start = of_the_hub(init, backbone)
+        start = of_the_hub(init, backbone, stem)
     else:
         path = locate(init)
         start = of_a_run(path) if is_run(path) else of_a_file(path, backbone)
-    for name, tensor in start.tensors.items():
-        if not tensor.isfinite().all():
-            raise SslpreError(f"`{start.source}`: the weights `{name}` are not finite", "start from other weights", 10)
-    return start
+    return replace(start, tensors=in_float32(start.tensors, start.source))
 
 
-def of_the_hub(init: str, backbone: str) -> Start:
+def of_the_hub(init: str, backbone: str, stem: str) -> Start:
     """timm's weights, from the cache or fetched into it."""
     if init == PRETRAINED and backbone == "auto":
         raise SslpreError("`--init pretrained` needs the name of a network", "--init pretrained --backbone resnet18")
+    plain = small_stem_of(backbone)
+    if plain is not None or stem == "small":
+        hint = "--set encoder.stem=timm" + (f" --backbone {plain}" if plain else "")
+        raise SslpreError(f"`--init {init}` has timm's own stem, and the recipe asks for a small one", hint)
     cfg = known_weights(backbone if init == PRETRAINED else init.removeprefix(TIMM))
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg["tag"] else cfg["architecture"]
     file = fetched(name, cfg)
@@ -110,11 +114,7 @@ def of_the_hub(init: str, backbone: str) -> Start:
 
 def known_weights(name: str) -> dict[str, Any]:
     """timm's description of the weights `NAME` or `NAME.TAG`. Raises SslpreError (exit 2) where there are none."""
-    architecture, _, tag = name.partition(".")
-    architecture = architecture.removesuffix("_small") if architecture in small_names() else architecture
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.3)
-        raise SslpreError(f"no timm backbone `{name}`", f"--backbone {near[0] if near else 'resnet18'}")
+    architecture, tag = architecture_of(name), name.partition(".")[2]
     tags = [one.partition(".")[2] for one in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         hint = "weights there are: " + ", ".join(f"{architecture}.{one}" for one in tags if one) or "none"
@@ -125,10 +125,6 @@ def known_weights(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(architecture, others, n=1, cutoff=0.3)
         raise SslpreError(f"timm has no weights for `{architecture}`", f"--backbone {near[0] if near else 'resnet18'}")
     return {**vars(cfg), "architecture": architecture}
-
-
-def small_names() -> set[str]:
-    return {f"{name}_small" for name in small_stems}
 
 
 def fetched(name: str, cfg: dict[str, Any]) -> Path:
@@ -160,24 +156,24 @@ def of_a_run(folder: Path) -> Start:
 
 def of_ours(path: Path, encoder: Encoder, facts: dict[str, str]) -> Start:
     """An encoder that sslpre wrote. Its history goes into the origin, and with it the licence of its own start."""
-    network, small = encoder.architecture, encoder.architecture in small_names()
+    plain = small_stem_of(encoder.architecture)
     step = facts.get("step", "0")
     history = facts.get("method", "exported") + (f", step {step}" if step != "0" else "")
-    earlier = facts.get("origin", "")
-    sizes = ("img_size", "dynamic_img_size")
+    earlier = printable(facts.get("origin", ""))
     return Start(
         init=str(path.absolute()),
         source=shown(path),
-        architecture=network.removesuffix("_small") if small else network,
-        stem="small" if small else "timm",
+        architecture=plain or encoder.architecture,
+        stem="small" if plain else "timm",
         image_size=encoder.image_size,
         mean=colours(encoder.mean.flatten().tolist()),
         std=colours(encoder.std.flatten().tolist()),
-        licence=facts.get("licence", ""),
-        origin=f"{path.name} ({history})" + (f", from {earlier}" if earlier else ""),
+        licence=printable(facts.get("licence", "")),
+        origin=f"{path.name} ({printable(history)})" + (f", from {earlier}" if earlier else ""),
         tensors={name: tensor.detach().clone() for name, tensor in encoder.model.state_dict().items()},
         dropped=0,
-        extra={name: value for name, value in encoder.model_args.items() if name not in sizes},
+        extra={name: value for name, value in encoder.model_args.items() if name not in SIZES},
+        ours=True,
     )
 
 
@@ -191,12 +187,12 @@ def of_a_file(path: Path, backbone: str) -> Start:
         return of_ours(path, *open_encoder(path))
     cfg = described(path, file, backbone)
     tensors, dropped = without_classifier(tensors, cfg)
-    small = cfg["architecture"] in small_names()
+    plain = small_stem_of(cfg["architecture"])
     return Start(
         init=str(path.absolute()),
         source=shown(path),
-        architecture=cfg["architecture"].removesuffix("_small") if small else cfg["architecture"],
-        stem="small" if small else "timm",
+        architecture=plain or cfg["architecture"],
+        stem="small" if plain else "timm",
         image_size=cfg["input_size"][-1],
         mean=colours(cfg["mean"]),
         std=colours(cfg["std"]),
@@ -204,7 +200,7 @@ def of_a_file(path: Path, backbone: str) -> Start:
         origin=f"{path.name} ({cfg['architecture']}{'.' + cfg['tag'] if cfg.get('tag') else ''})",
         tensors=tensors,
         dropped=dropped,
-        extra={},
+        extra=cfg["model_args"],
     )
 
 
@@ -217,35 +213,52 @@ def described(path: Path, file: Path, backbone: str) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if path.is_dir() and beside.is_file():
         try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
-            told = {**config.get("pretrained_cfg", config), "architecture": str(config["architecture"])}
-            for key, check in {"mean": colours, "std": colours, "input_size": lambda size: int(size[-1])}.items():
-                check(told[key]) if told.get(key) else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            told = checked(json.loads(beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise SslpreError(f"`{beside}` cannot be read: {reason}", f"--init {shlex.quote(str(file))}", 5) from error
     elif backbone == "auto":
-        raise SslpreError(
-            f"`{path}` does not say which network it is of", f"--init {shlex.quote(str(path))} --backbone NAME"
-        )
+        hint = f"--init {shlex.quote(str(path))} --backbone NAME"
+        raise SslpreError(f"`{path}` does not say which network it is of", hint)
     name = f"{told['architecture']}.{told.get('tag') or ''}".rstrip(".") if told else backbone
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.3)
-        raise SslpreError(f"no timm backbone `{architecture}`", f"--backbone {near[0] if near else 'resnet18'}")
-    known = (
-        f"{architecture}.{tag}" if f"{architecture}.{tag}" in get_arch_pretrained_cfgs(architecture) else architecture
-    )
-    cfg = vars(get_pretrained_cfg(known))
-    licence = cfg["license"] if tag and known == name else ""
+    architecture, tag = architecture_of(name), name.partition(".")[2]
+    tagged = f"{architecture}.{tag}"
+    known = tagged if tagged in get_arch_pretrained_cfgs(architecture) else architecture
+    cfg = get_pretrained_cfg(known)
+    licence = cfg.license if cfg is not None and tag and known == name else ""
     use = ("mean", "std", "input_size", "classifier")
     return {
-        **cfg,
+        **(vars(cfg) if cfg is not None else vars(PretrainedCfg())),
         **{key: told[key] for key in use if told.get(key)},
         "architecture": architecture,
         "tag": tag,
         "license": told.get("license") or licence,
+        "model_args": told.get("model_args", {}),
     }
+
+
+def checked(config: Any) -> dict[str, Any]:
+    """What a config.json says of its weights. Raises one of Python's errors for what it cannot mean."""
+    told = {**config.get("pretrained_cfg", config), "architecture": config["architecture"]}
+    for key in ("architecture", "tag", "license"):
+        if not isinstance(told.get(key) or "", str):
+            raise ValueError(f"`{key}` is no text")
+        told[key] = printable(told.get(key) or "")
+    named = told.get("classifier") or ()
+    if not all(isinstance(one, str) for one in named):
+        raise ValueError("`classifier` is no name")
+    arguments = {**(config.get("model_args") or {})}
+    if arguments.get("in_chans", 3) != 3:
+        raise ValueError(f"its images have {arguments['in_chans']} channels, not 3")
+    size = arguments.get("img_size")
+    if size and not told.get("input_size"):
+        told["input_size"] = size if isinstance(size, list) else [size]
+    if told.get("input_size"):
+        side(told["input_size"][-1])
+    standardisation(told.get("mean") or (0.5, 0.5, 0.5), told.get("std") or (0.5, 0.5, 0.5))
+    # timm builds with all of them; the size and the head are for the run to say
+    told["model_args"] = {k: v for k, v in arguments.items() if k not in (*SIZES, "num_classes", "in_chans")}
+    return told
 
 
 def shown(path: Path) -> str:
@@ -287,9 +300,10 @@ def load(encoder: Encoder, start: Start) -> int:
     other = {name: value for name, value in start.extra.items() if encoder.model_args.get(name) != value}
     if other:
         told = ", ".join(f"{name}={value}" for name, value in other.items())
-        hint = "it can be probed and exported, and start no run"
-        raise SslpreError(f"`{start.source}` is a {start.architecture} with `{told}`, which no run has", hint, 5)
+        hint = "name these in [encoder] model_args, or in none of it"
+        raise SslpreError(f"`{start.source}` is a {start.architecture} with `{told}`, the run's is not", hint, 5)
     own = encoder.model.state_dict()
+    in_float32(start.tensors, start.source, own)
     tensors = start.tensors if shapes(own) == shapes(start.tensors) else fitted(encoder, start)
     encoder.model.load_state_dict(tensors, strict=True)
     return len(own) - len(absent(encoder, start))
@@ -338,6 +352,8 @@ def fitted(encoder: Encoder, start: Start) -> dict[str, Tensor]:
     wrong = sorted(name for name in own.keys() | theirs.keys() if shapes(own).get(name) != theirs.get(name))[0]
     message = f"`{start.source}` fits {matching} of {len(own)} tensors of {encoder.architecture}, not `{wrong}`"
     hint = f"name its network with --backbone, or: sslpre import {shlex.quote(start.source)} -o new.safetensors"
+    if start.ours or not Path(start.init).is_file():  # nothing that `sslpre import` could know better
+        hint = f"--image-size {start.image_size}, or other weights"
     raise SslpreError(message, hint, 5) from reason
 
 
@@ -350,20 +366,20 @@ def say_loaded(encoder: Encoder, start: Start) -> str:
     own = encoder.model.state_dict()
     counters = len(absent(encoder, start))
     text = f"start      {start.source}: {len(own) - counters} of {len(own)} tensors loaded"
-    if counters:
-        text += ", the others are counters of batches that nothing needs"
-    if start.dropped:
-        text += f", {start.dropped} of its classifier left out"
+    text += ", the others are counters of batches that nothing needs" if counters else ""
+    text += f", {start.dropped} of its classifier left out" if start.dropped else ""
     resampled = [name for name in own if of_positions(name) and name in start.tensors]
     if any(own[name].shape != start.tensors[name].shape for name in resampled):
         text += f", positions resampled from {start.image_size} to {encoder.image_size} px"
-    return text + f"; licence {start.licence or 'not known'}"
+    return printable(text + f"; licence {start.licence or 'not known'}")
 
 
 def started(start: Start, image_size: int, mean: Colours, std: Colours) -> Encoder:
     """The start itself as an encoder in evaluation mode: what a run has to beat."""
     with torch.random.fork_rng(devices=[]):
-        encoder = build(start.architecture, stem=start.stem, image_size=image_size, mean=mean, std=std)
+        encoder = build(
+            start.architecture, stem=start.stem, image_size=image_size, mean=mean, std=std, model_args=start.extra
+        )
     load(encoder, start)
     return encoder.eval()
 

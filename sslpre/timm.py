@@ -5,13 +5,17 @@ no max-pool. The names are new so that plain timm refuses a file trained this wa
 network.
 """
 
+import difflib
 import sys
 from typing import Any
 
+import timm
 from timm.models import register_model
 from timm.models._builder import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
+
+from sslpre.errors import SslpreError
 
 # Only networks whose `conv1` is one 7×7 convolution: a deep stem of three convolutions would take the weights silently.
 small_stems: dict[str, dict[str, Any]] = {
@@ -24,7 +28,28 @@ small_stems: dict[str, dict[str, Any]] = {
     "wide_resnet50_2": dict(block=Bottleneck, layers=(3, 4, 6, 3), base_width=128),
     "wide_resnet101_2": dict(block=Bottleneck, layers=(3, 4, 23, 3), base_width=128),
 }
-__all__ = ["SmallStemResNet", "small_stems", *(f"{name}_small" for name in small_stems)]
+__all__ = [
+    "SmallStemResNet",
+    "architecture_of",
+    "small_stem_of",
+    "small_stems",
+    *(f"{name}_small" for name in small_stems),
+]
+
+
+def small_stem_of(name: str) -> str | None:
+    """Of `resnet18_small` `resnet18`; None for every name but ours, such as timm's own `convnext_small`."""
+    plain = name.removesuffix("_small")
+    return plain if plain != name and plain in small_stems else None
+
+
+def architecture_of(backbone: str) -> str:
+    """The name without timm's tag. Raises SslpreError (exit 2) where there is none such, with the nearest."""
+    name = backbone.partition(".")[0]
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.3)
+        raise SslpreError(f"no timm backbone `{name}`", f"--backbone {near[0] if near else 'resnet18'}")
+    return name
 
 
 class SmallStemResNet(ResNet):

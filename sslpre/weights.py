@@ -59,11 +59,18 @@ def spelled(init: str) -> str:
 
 def check_import(old: Path, new: Path) -> None:
     """What can be told before anything is read. Raises SslpreError (exit 2)."""
+    if old.is_dir():
+        kinds = (".safetensors", *FOREIGN)
+        inside = sorted(one for one in old.iterdir() if one.suffix.lower() in kinds and one.is_file())
+        hint = f"sslpre import {shlex.quote(str(inside[0]))} -o {shlex.quote(str(new))}" if inside else "name a file"
+        if (old / FOLDER).is_file() and (old / "config.json").is_file():
+            hint = f"it needs no import: --init {shlex.quote(str(old))}"
+        raise SslpreError(f"`{old}` is a folder", hint)
     if not old.is_file():
         beside = [one.name for one in old.parent.iterdir()] if old.parent.is_dir() else []
         near = difflib.get_close_matches(old.name, beside, n=1, cutoff=0.5)
         hint = f"did you mean {shlex.quote(str(old.parent / near[0]))}?" if near else "name the file to import"
-        raise SslpreError(f"`{old}` is a folder" if old.is_dir() else f"there is no file `{old}`", hint)
+        raise SslpreError(f"there is no file `{old}`", hint)
     if new.suffix != ".safetensors":
         better = shlex.quote(str(new.with_suffix(".safetensors")))
         raise SslpreError(f"`{new}` does not end in .safetensors", f"sslpre import {shlex.quote(str(old))} -o {better}")

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 pytest.register_assert_rewrite("sslpre.contract")
+from sslpre.contract.pair import pair  # noqa: E402, F401  (a fixture: the two processes that serve every test)
+
 torch.set_num_threads(1)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from sslpre import encoder
 from sslpre.errors import SslpreError
+from sslpre.timm import small_stem_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -101,9 +102,50 @@ def test_plain_timm_does_not_know_the_small_names():
     assert "Unknown model (resnet18_small)" in done.stdout
 
 
+def test_only_our_names_are_of_small_stems():
+    small = {name: small_stem_of(name) for name in timm.list_models() if name.endswith("_small")}
+    assert small["resnet18_small"] == "resnet18" and small["convnext_small"] is None
+    assert {plain for plain in small.values() if plain is not None} == set(encoder.small_stems)
+    assert small_stem_of("resnet18") is None and small_stem_of("_small") is None
+
+
+def test_other_arguments_of_the_network():
+    network = build("test_vit", model_args={"num_heads": 4, "patch_size": 8})
+    assert network.model.blocks[0].attn.num_heads == 4 and network.model.patch_embed.patch_size == (8, 8)
+    assert network.model_args == {"num_heads": 4, "patch_size": 8, "img_size": 32, "dynamic_img_size": True}
+    assert build("test_vit", model_args={"patch_size": 10}, image_size=30).model_args["img_size"] == 30
+
+
+def test_an_empty_name_of_a_stage_gets_its_number():
+    network = build("tresnet_m", image_size=64)
+    assert network.stage_names == ("stage0", "body.layer1", "body.layer2", "body.layer3", "body.layer4")
+
+
 @pytest.mark.parametrize(
     "kwargs, message, hint",
     [
+        ({"backbone": "convnext_small", "stem": "small"}, "`convnext_small` cannot have a small stem", "stem=timm"),
+        *(
+            ({"backbone": "test_vit", "model_args": {name: 1}}, f"no argument `{name}`", "encoder.model_args={}")
+            for name in (
+                "img_size",
+                "dynamic_img_size",
+                "num_classes",
+                "in_chans",
+                "features_only",
+                "pretrained",
+                "cache_dir",
+            )
+        ),
+        ({"backbone": "test_vit", "model_args": {"num_head": 4}}, "did you mean `num_heads`?", "model_args={}"),
+        ({"backbone": "test_vit", "model_args": {"depth": 10**9}}, "no number of -8192 to 8192", "model_args={}"),
+        (
+            {"backbone": "test_vit", "model_args": {"num_heads": "x"}},
+            "cannot be built with `num_heads='x'`",
+            "model_args",
+        ),
+        ({"backbone": "test_vit", "model_args": {"num_heads": 5}}, "cannot be built with `num_heads=5`", "model_args"),
+        ({"backbone": "test_vit", "model_args": {"global_pool": "odd"}}, "`test_vit` cannot be built", "model_args"),
         ({"backbone": "resnet81"}, "no timm backbone `resnet81`", "--backbone resnet"),
         ({"backbone": "resnet18", "stem": "small", "image_size": 96}, "up to 64 px, not `96`", "encoder.stem=auto"),
         ({"backbone": "resnet18d", "stem": "small"}, "`resnet18d` cannot have a small stem", "encoder.stem=timm"),

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from sslpre import export as module
-from sslpre.encoder import build
+from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
 from sslpre.export import export, open_encoder, write_file, write_folder
 
@@ -108,11 +108,35 @@ def test_a_stage_is_opened_by_the_printed_lines(name, side, stage, number, out, 
     torch.testing.assert_close(opened.stages(images)[number][1], network.stages(images)[number][1])
 
 
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [("mobilenetv3_small_050", True), ("test_efficientnet", None), ("test_resnet", False), ("test_vit", False)],
+)
+def test_timms_warning_is_explained_where_it_comes(name, warns, tmp_path, caplog):
+    network = encoder(name, 64)
+    write_folder(network, FACTS, tmp_path / "enc")
+    lines = module.usage(network, tmp_path / "enc", 1)
+    scope = {"images": torch.rand(1, 3, 64, 64)}
+    exec("\n".join(lines), scope)
+    warned = any("nexpected keys" in record.getMessage() for record in caplog.records)
+    assert any("unexpected keys" in line for line in lines) == warned
+    assert warns is None or warned == warns
+
+
+def test_a_name_that_ends_like_ours_is_timms_own(tmp_path):
+    for name, ours in {"convnext_small": False, "resnet18_small": True}.items():
+        with torch.device("meta"):
+            network = Encoder(timm.create_model(name, num_classes=0), name, {}, 32, MEAN, STD)
+        network.mean, network.std = torch.tensor(MEAN), torch.tensor(STD)
+        assert any("sslpre.timm" in line for line in module.usage(network, tmp_path / "e.safetensors")) == ours
+
+
 def test_a_map_with_channels_last_is_turned(tmp_path):
     network = build("swin_tiny_patch4_window7_224", image_size=32, mean=MEAN, std=STD)
     (line,) = (line for line in module.usage(network, tmp_path / "enc", 1) if "features =" in line)
     assert "[0].permute(0, 3, 1, 2)" in line
-    assert not module.channels_last(encoder("test_vit"), 1) and not module.channels_last(encoder(), 1)
+    for name in ("test_vit", "test_resnet"):
+        assert not module.channels_last(module.dense(encoder(name), 1))
 
 
 @pytest.mark.parametrize("stage", ["5", "-1", "layer9", "1.0", "²"])
@@ -313,17 +337,65 @@ def test_what_is_not_an_export_is_not_opened(tmp_path):
         ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "does not have"),
         ({"architecture": "no_such_network"}, "does not have"),
         ({"architecture": "test_vit"}, "of test_vit, not"),
-        ({"model_args": '{"checkpoint_path": "evil.pth"}'}, "multiple values"),
-        ({"model_args": '{"pretrained": true}'}, "multiple values"),
+        *(
+            ({"model_args": f'{{"{name}": true}}'}, f"no argument `{name}`")
+            for name in (
+                *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+                *("features_only", "scriptable", "exportable", "no_jit", "kwargs_filter", "pruned"),
+                *("num_classes", "in_chans", "device"),
+            )
+        ),
+        ({"model_args": '{"channels": [1000000000]}'}, "no number of -8192 to 8192"),
+        ({"model_args": '{"stem_width": NaN}'}, "no number of -8192 to 8192"),
+        ({"model_args": '{"layers": "deep"}'}, "cannot be used"),
+        ({"model_args": '{"img_size": 99999999}'}, "no image size"),
+        ({"model_args": '{"img_size": [32, 0]}'}, "no image size"),
+        ({"model_args": "[" * 100_000}, "cannot be used"),
+        ({"architecture": "test_resnet.r160_in1k"}, "does not have"),
         ({"model_args": "[1"}, "cannot be used"),
         ({"model_args": "[1]"}, "cannot be used"),
         ({"mean": "[1, 2]"}, "cannot be used"),
         ({"mean": "[1, 2, NaN]"}, "cannot be used"),
+        ({"mean": "[0, 0, 3]"}, "not three numbers of 0 to 1"),
+        ({"std": "[0, 0, 0]"}, "not three numbers above 0"),
+        ({"std": "[1, 1, Infinity]"}, "not three numbers above 0"),
+        ({"std": '{"r": 1}'}, "cannot be used"),
         ({"image_size": "big"}, "cannot be used"),
+        *(({"image_size": size}, "no image size") for size in ("-3", "0", "7", "4097", "99999999")),
     ],
 )
 def test_metadata_is_not_trusted(facts, why, tmp_path):
     assert why in reason(5, open_encoder, stored(tmp_path / "encoder.safetensors", **facts))
+
+
+def test_a_networks_own_arguments_are_kept(tmp_path):
+    network = build("test_vit", image_size=32, mean=MEAN, std=STD, model_args={"num_heads": 4})
+    lines = export(network, FACTS, tmp_path / "encoder.safetensors")
+    assert any("num_heads=4" in line for line in lines)
+    opened, facts = open_encoder(tmp_path / "encoder.safetensors")
+    assert json.loads(facts["model_args"]) == {"img_size": 32, "dynamic_img_size": True, "num_heads": 4}
+    images = torch.rand(2, 3, 32, 32)
+    assert opened.model.blocks[0].attn.num_heads == 4
+    assert torch.equal(features(opened, images), features(network, images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_types_become_float32(dtype, tmp_path):
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in encoder().model.state_dict().items()}
+    opened, _ = open_encoder(stored(tmp_path / "encoder.safetensors", tensors))
+    for name, tensor in opened.model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if tensors[name].is_floating_point() else torch.int64)
+        assert torch.equal(tensor, tensors[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64, torch.bool])
+def test_numbers_that_are_no_weights(dtype, tmp_path):
+    tensors = dict(encoder().model.state_dict())
+    tensors["layer1.0.conv1.weight"] = tensors["layer1.0.conv1.weight"].to(dtype)
+    path = stored(tmp_path / "encoder.safetensors", tensors)
+    assert "`layer1.0.conv1.weight` are " in reason(5, open_encoder, path)
+    tensors["layer1.0.conv1.weight"] = torch.full_like(encoder().model.layer1[0].conv1.weight, torch.nan)
+    assert "are not finite" in reason(10, open_encoder, stored(path, tensors))
 
 
 def test_every_tensor_must_be_there_and_none_besides(tmp_path):

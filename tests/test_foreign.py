@@ -16,8 +16,9 @@ import torchvision
 from torch import nn
 
 from sslpre import foreign, start
+from sslpre.encoder import build
 from sslpre.errors import SslpreError
-from sslpre.export import open_encoder
+from sslpre.export import open_encoder, write_file
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SMALL = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -157,6 +158,53 @@ def test_moco_v3_small_has_twelve_heads(tmp_path):
     encoder, _ = bring(tmp_path, {"state_dict": prefixed("module.base_encoder.", network)})
     assert encoder.model_args["num_heads"] == 12
     same(encoder, network, SMALL)
+
+
+def test_moco_v3_small_starts_a_run(tmp_path):
+    network = shaken(timm.create_model("vit_small_patch16_224", img_size=32, num_heads=12, depth=12, num_classes=0))
+    bring(tmp_path, {"state_dict": prefixed("module.base_encoder.", network)})
+    found = start.read(str(tmp_path / "new.safetensors"), "auto")
+    assert found.extra == {"num_heads": 12}
+    same(start.started(found, 32, found.mean, found.std), network, SMALL)
+
+
+def test_heads_that_nothing_tells_are_called_a_guess(tmp_path):
+    network = shaken(timm.create_model("vit_small_patch16_224", img_size=32, num_heads=12, num_classes=0))
+    _, told = bring(tmp_path, {"state_dict": prefixed("module.", network)})
+    assert "6 heads (a guess: no tensor tells)" in told[-1]
+
+
+def test_convnext_small_is_not_of_a_small_stem(tmp_path):
+    network = shaken(timm.create_model("convnext_small", num_classes=0))
+    encoder, told = bring(tmp_path, network.state_dict())
+    assert encoder.architecture == "convnext_small" and "max-pool" not in told[-1]
+    same(encoder, network, SMALL)
+    (tmp_path / "new.safetensors").unlink()
+    encoder, told = bring(tmp_path, network.state_dict(), backbone="convnext_small")
+    assert encoder.architecture == "convnext_small"
+
+
+def test_our_own_export_is_not_imported(tmp_path):
+    """It would lose its licence, its origin and its colours."""
+    network = build("test_resnet", image_size=32, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))
+    old = tmp_path / "old.safetensors"
+    write_file(network, {"licence": "mit", "origin": "elsewhere"}, old)
+    with pytest.raises(SslpreError, match="was written by sslpre") as caught:
+        foreign.bring(old, tmp_path / "new.safetensors")
+    assert caught.value.code == 2 and caught.value.hint == f"--init {old}"
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.parametrize("names", [("licence", "origin"), ("license", "origin_url")])
+def test_licence_and_origin_are_carried(tmp_path, names):
+    network = shaken(timm.create_model("test_resnet", num_classes=0))
+    metadata = {names[0]: "cc-by-4.0\n", names[1]: "https://example.org"}
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "old.safetensors", metadata=metadata)
+    foreign.bring(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    facts = open_encoder(tmp_path / "new.safetensors")[1]
+    assert facts["licence"] == "cc-by-4.0\\n" and facts["origin"] == "old.safetensors, from https://example.org"
+    found = start.read(str(tmp_path / "new.safetensors"), "auto")
+    assert found.licence == facts["licence"] and found.origin.endswith("https://example.org")
 
 
 def test_dino_takes_the_teacher(tmp_path):
@@ -336,6 +384,52 @@ def test_weights_that_are_not_finite(tmp_path):
     assert refused(tmp_path, stored).code == 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_types_become_float32(tmp_path, dtype):
+    stored = timm.create_model("test_resnet", num_classes=0).state_dict()
+    stored = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
+    encoder, _ = bring(tmp_path, stored)
+    for name, tensor in encoder.model.state_dict().items():
+        assert torch.equal(tensor, stored[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64, torch.bool])
+def test_numbers_that_are_no_weights(tmp_path, dtype):
+    stored = timm.create_model("test_resnet", num_classes=0).state_dict()
+    stored["layer1.0.conv1.weight"] = stored["layer1.0.conv1.weight"].to(dtype)
+    error = refused(tmp_path, stored)
+    assert error.code == 5 and "`layer1.0.conv1.weight` are " in error.message
+
+
+def test_more_numbers_than_the_file_has(tmp_path):
+    """A stride of 0 makes any size of a few bytes."""
+    stored = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    stored["pos_embed"] = torch.zeros(1, 1, 192).expand(1, 40_000**2 + 1, 192)
+    error = refused(tmp_path, stored)
+    assert error.code == 5 and "`pos_embed` claim" in error.message
+    stored = timm.create_model("test_vit", num_classes=0).state_dict()
+    stored["blocks.0.attn.qkv.weight"] = torch.zeros(1).expand_as(stored["blocks.0.attn.qkv.weight"])
+    assert "`blocks.0.attn.qkv.weight` claim" in refused(tmp_path, stored).message
+
+
+def test_positions_of_larger_images_than_any(tmp_path):
+    stored = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    stored["pos_embed"] = torch.zeros(1, 257**2 + 1, 192)
+    error = refused(tmp_path, stored)
+    assert error.code == 5 and "is for images of 4,112 px" in error.message
+
+
+def test_names_with_control_characters_are_written_out(tmp_path, monkeypatch, capsys):
+    from sslpre.cli import run
+
+    stored = {**timm.create_model("test_resnet", num_classes=0).state_dict(), "\x1b[31mred\nhead": torch.zeros(3)}
+    torch.save({"net": stored}, tmp_path / "old.pth")
+    monkeypatch.chdir(tmp_path)
+    assert run(["import", "old.pth", "-o", "new.safetensors"]) == 0
+    told = capsys.readouterr().err
+    assert "\\x1b[31mred\\nhead (3)" in told and "\x1b" not in told
+
+
 def test_a_dictionary_within_itself_ends(tmp_path):
     stored = {"a": torch.rand(2)}
     stored["self"] = stored
@@ -415,9 +509,15 @@ def test_the_new_file_is_as_readable_as_any(tmp_path):
 def test_names_that_cannot_be_written(tmp_path):
     old, new = tmp_path / "weights.pth", tmp_path / "new.safetensors"
     torch.save({}, old)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hub").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "hub" / name).write_text("")
     cases = [
         (tmp_path / "weight.pth", new, "there is no file", f"did you mean {old}?"),
-        (tmp_path, new, "is a folder", ""),
+        (tmp_path, new, "is a folder", f"sslpre import {old} -o {new}"),
+        (tmp_path / "empty", new, "is a folder", "name a file"),
+        (tmp_path / "hub", new, "is a folder", f"it needs no import: --init {tmp_path / 'hub'}"),
         (old, tmp_path / "new.pth", "does not end in .safetensors", f"sslpre import {old} -o {new}"),
     ]
     for one, other, message, hint in cases:

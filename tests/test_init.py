@@ -1,6 +1,7 @@
 """A run from other weights than random ones, as its user starts, resumes, probes and exports it."""
 
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -65,14 +66,42 @@ def test_the_start_has_rows_in_the_probe(weights, photos, run_cli):
     assert features[0] == features[1] and len(features[0]) > 1
 
 
-def test_resumed_it_needs_its_start_no_more(weights, photos, run_cli, tmp_path):
-    """Interrupted and gone on with, after the weights have been deleted; and typed again, it is the same wish."""
-    words = ["pretrain", "simclr", photos, "--init", weights[0], *SMALL, "--out", "r", "--resume", "auto"]
+@pytest.mark.parametrize("kept", [True, False], ids=["a checkpoint", "no checkpoint"])
+def test_it_goes_on_when_its_source_is_gone(kept, weights, photos, run_cli, tmp_path):
+    """Interrupted, the source deleted, the same command typed again: the same weights as without all that."""
+    words = ["pretrain", "simclr", photos, "--init", weights[0], *SMALL, "--resume", "auto"]
+    assert run_cli(*words, "--out", "whole").code == 0
+    assert run_cli(*words, "--out", "r").code == 0
+    shutil.rmtree(tmp_path / "r/encoder")
+    found = sorted((tmp_path / "r/checkpoints").glob("step-*"))
+    for path in found[1:] if kept else found:
+        shutil.rmtree(path)
+    shutil.rmtree(weights[0])
+    done = run_cli(*words, "--out", "r")
+    assert done.code == 0, done.err
+    assert ("no complete checkpoint, starting at step 0" in done.err) == (not kept)
+    assert "was finished already" in run_cli(*words, "--out", "r").err
+    one, other = (safetensors.torch.load_file(tmp_path / out / "encoder/model.safetensors") for out in ("whole", "r"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_last_run_as_a_start_may_be_typed_again(photos, run_cli):
+    assert run_cli("pretrain", "simclr", photos, "--backbone", "test_resnet", *SMALL, "--out", "runs/a").code == 0
+    words = ["pretrain", "rotation", photos, "--init", "last", *SMALL, "--out", "runs/b", "--resume", "auto"]
     assert run_cli(*words).code == 0
-    assert "was finished already" in run_cli(*words).err
-    (weights[0] / "model.safetensors").unlink()
-    done = run_cli("pretrain", "--resume", "r", "--device", "cpu")
-    assert done.code == 0 and "was finished already" in done.err
+    done = run_cli(*words)
+    assert done.code == 0 and "was finished already" in done.err, done.err
+    other = run_cli(*[word if word != "last" else "runs/b/encoder" for word in words])
+    assert other.code == 6 and "begun with another `encoder.init`" in other.err
+
+
+def test_a_damaged_start_is_told_and_can_be_done_without(weights, photos, run_cli, tmp_path):
+    assert run_cli("pretrain", "rotation", photos, "--init", weights[0], *SMALL, "--out", "r").code == 0
+    (tmp_path / "r/start/model.safetensors").write_bytes(b"")
+    done = run_cli("probe", "r", "--knn", "--device", "cpu")
+    assert done.code == 5 and "the starting weights that the run keeps" in done.err and "rm -r r/start" in done.err
+    shutil.rmtree(tmp_path / "r/start")
+    assert run_cli("probe", "r", "--knn", "--device", "cpu").code == 0
 
 
 def test_from_a_run_and_from_its_export(photos, run_cli, tmp_path):

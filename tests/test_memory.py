@@ -1,6 +1,7 @@
 """Batches larger than memory: a real lack of it, in processes of their own with a limit on their address space."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -148,6 +149,21 @@ def test_later_it_halves_and_takes_the_same_step_again(photos, tmp_path, child):
     assert apart < 1e-5 < 1e-2 < moved
 
 
+def test_the_hint_of_a_run_that_ran_out_too_late_can_be_typed(photos, tmp_path, run_cli):
+    """Parts may be made smaller when a run goes on, and are then what the checkpoint remembers."""
+    words = ["--backbone", "test_vit", "--image-size", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu"]
+    assert run_cli("pretrain", "rotation", photos, *words, "--out", "r").code == 0
+    shutil.rmtree(tmp_path / "r/encoder")
+    newest = max((tmp_path / "r/checkpoints").glob("step-*"))
+    shutil.rmtree(newest)
+    done = run_cli("pretrain", "--resume", "r", "--set", "train.micro_batch=4", "--device", "cpu")
+    assert done.code == 0, done.err
+    state = json.loads((newest / "state.json").read_text())
+    assert state["part"] == 4 and "micro_batch = 4" in (tmp_path / "r/recipe.toml").read_text()
+    refused = run_cli("pretrain", "--resume", "r", "--set", "optim.lr=1", "--device", "cpu")
+    assert refused.code == 2 and "`--set`" in refused.err
+
+
 class Keeps(Objective):
     """A method whose loss leaves things in plain attributes, as `after_step` wants them."""
 
@@ -157,6 +173,7 @@ class Keeps(Objective):
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
         self.seen: list[int] = []
+        self._more: list[int] = []  # such a name is the method's own too
         self.last = torch.zeros(1)
 
 
@@ -167,9 +184,10 @@ def test_what_a_failed_try_left_is_put_back():
     last, before = method.last, memory.Before(method)
     method.norm(torch.rand(4, 3)).sum().backward()
     method.seen.append(2)
+    method._more.append(2)
     method.last, method.new = torch.ones(1), torch.ones(1)
     before.put_back()
-    assert method.seen == [1] and method.last is last and not hasattr(method, "new")
+    assert method.seen == [1] and method._more == [] and method.last is last and not hasattr(method, "new")
     assert all(torch.equal(buffer, stats[name]) for name, buffer in method.named_buffers())
     assert all(parameter.grad is None for parameter in method.parameters())
 

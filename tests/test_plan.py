@@ -102,9 +102,9 @@ def test_learning_rates(optimiser, batch, lr):
     assert resolve(wanted, 100_000, 64, H200).optim.lr == pytest.approx(lr)
 
 
-def begin(architecture="resnet50", stem="timm", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+def begin(architecture="resnet50", stem="timm", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), **extra):
     name = f"{architecture}.a1_in1k"
-    return Start(f"timm:{name}", name, architecture, stem, image_size, mean, std, "mit", "here", {}, 0, {})
+    return Start(f"timm:{name}", name, architecture, stem, image_size, mean, std, "mit", "here", {}, 0, extra)
 
 
 def started(start, short_side=400, device=H200, **encoder):
@@ -181,3 +181,56 @@ def test_the_same_wish_is_recognised_when_it_is_typed_again():
         assert (again.encoder.init, again.encoder.mean) == (begun.encoder.init, begun.encoder.mean)
     fresh = recipes.load("simclr")
     assert as_begun(fresh, begun) is fresh and as_begun(fresh, fresh) is fresh
+
+
+def test_a_start_brings_the_arguments_of_its_network():
+    moco = begin("vit_small_patch16_224", num_heads=12)
+    table = started(moco, init="x").encoder
+    assert table.model_args == {"num_heads": 12}
+    told = started(begin("vit_small_patch16_224"), model_args={"num_heads": 12}).encoder
+    assert told.model_args == {"num_heads": 12}, "a file of bare tensors does not tell, a recipe may"
+    assert started(moco, model_args={"qkv_bias": True}).encoder.model_args == {"num_heads": 12, "qkv_bias": True}
+    with pytest.raises(SslpreError, match="has num_heads=12, and the recipe asks for `6`") as caught:
+        started(moco, model_args={"num_heads": 6})
+    assert caught.value.code == 2
+    assert resolve(recipes.load("simclr"), 50_000, 400, H200).encoder.model_args == {}
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}, [[1]], float("nan")])
+def test_arguments_that_no_recipe_can_hold(value):
+    with pytest.raises(SslpreError, match="which no recipe can hold") as caught:
+        started(begin("test_vit", act_layer=value))
+    assert caught.value.code == 5
+    with pytest.raises(SslpreError, match="model_args"):
+        recipes.load("simclr", (), {"encoder": {"model_args": {"act_layer": value}}})
+
+
+def test_arguments_are_written_and_read_back(tmp_path):
+    arguments = {"num_heads": 12, "qkv_bias": False, "mlp_ratio": 3.5, "act_layer": "gelu", "depths": [1, 2]}
+    wanted = recipes.load("simclr", (), {"encoder": {"model_args": arguments}})
+    (tmp_path / "again.toml").write_text(recipes.write(wanted))
+    assert recipes.load(str(tmp_path / "again.toml")).encoder.model_args == arguments
+    assert recipes.load("simclr", ("encoder.model_args.num_heads=4",)).encoder.model_args == {"num_heads": 4}
+
+
+def test_the_image_size_fits_the_patches_that_the_start_has():
+    assert started(begin("test_vit", image_size=160, patch_size=10), short_side=64).encoder.image_size == 160
+
+
+def test_the_same_wish_with_a_networks_arguments_or_a_name_that_ends_like_ours():
+    begun = started(begin("vit_small_patch16_224", num_heads=12), init="pretrained")
+    for typed, same in [({}, True), ({"num_heads": 12}, True), ({"num_heads": 6}, False)]:
+        wanted = recipes.load("simclr", (), {"encoder": {"init": "pretrained", "model_args": typed}})
+        assert (as_begun(wanted, begun).encoder.model_args == begun.encoder.model_args) == same
+    begun = started(begin("convnext_small"), init="pretrained")
+    table = {"init": "pretrained", "backbone": "convnext_small.a1_in1k"}
+    assert started(begin("convnext_small"), **table).encoder.stem == "timm"
+    again = as_begun(recipes.load("simclr", (), {"encoder": table}), begun)
+    assert again.encoder.backbone == "convnext_small"
+
+
+@pytest.mark.parametrize("world, batch", [(1, 64), (2, 64), (3, 63), (6, 60), (100, 100)])
+def test_the_chosen_batch_can_be_shared_out(world, batch):
+    recipe = resolve(recipes.load("simclr"), 4000, 64, CPU_BF16, None, world)
+    assert recipe.train.batch_size == batch
+    assert recipe.optim.lr == pytest.approx(0.075 * batch**0.5, abs=1e-6)

@@ -194,7 +194,7 @@ def test_a_strength_that_was_chosen_is_not_chosen_again():
     again, same = linear.search(x, y, classes, 0, choice)
     assert same is choice and again.strength == choice.strength == fit.strength
     assert (again.predict(x_test) == fit.predict(x_test)).double().mean() >= 0.995
-    other, _ = linear.search(x, y, classes, 0, linear.Choice(1e-5, (0.0, 0.0)))
+    other, _ = linear.search(x, y, classes, 0, linear.Choice(1e-5, (0.0, 0.0), 0.0))
     assert other.strength == 1e-5 and other.weight.norm() < 0.5 * fit.weight.norm()
 
 
@@ -535,7 +535,7 @@ def test_knn_sees_stages_standardised_and_the_output_as_it_is():
 
 def test_the_best_is_chosen_by_what_was_held_out_and_equals_go_to_the_deepest():
     def answers(held, knn_held):
-        return Answers(torch.ones(2, dtype=torch.bool), linear.Choice(1.0, held), None, knn_held)
+        return Answers(torch.ones(2, dtype=torch.bool), linear.Choice(1.0, held, -held[1]), None, knn_held)
 
     found = [answers((0.5, -1.0), 0.7), answers((0.4, -0.1), 0.6), answers((0.6, -0.9), 0.7)]
     assert best("abc", found, True, True) == {"linear": "b", "knn": "c"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,6 +129,36 @@ def test_a_mistake_of_all_is_told_once(photos, processes):
     assert first[0] == second[0] == 2
     assert "error: batch size `15` cannot be shared out to 2 processes" in first[1]
     assert "hint: --batch-size 14 or --batch-size 16" in first[1] and "error" not in second[1]
+
+
+@pytest.mark.parametrize("allowed, code", [("0.01", 20), ("0.1", 0)])
+def test_bad_images_are_counted_and_told_once(allowed, code, photos, tmp_path, processes):
+    """As one process would: whichever of them met the image, all know of it, and the first writes it down."""
+    folder = tmp_path / "mine"
+    shutil.copytree(photos, folder)
+    for name in ("amber/03.jpg", "birch/05.jpg"):
+        (folder / name).write_bytes(b"no picture")
+    words = ["pretrain", "simclr", folder, *SMALL, "--epochs", "1", "--max-bad", allowed, "--out", "r"]
+    first, second = ended(processes(words))
+    assert first[0] == second[0] == code, first[1]
+    assert "images could not be read" not in second[1] and "skipped" not in second[1]
+    if code:
+        assert "of 48 images could not be read so far, above `--max-bad 0.01`" in first[1]
+        assert not (tmp_path / "r").exists()
+    else:
+        lines = (tmp_path / "r/bad_images.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["name"] for line in lines) == ["amber/03.jpg", "birch/05.jpg"]
+        assert first[1].count("skipped `") == 2
+
+
+def test_a_finished_run_is_told_by_one(photos, tmp_path, processes):
+    words = ["pretrain", "simclr", photos, *SMALL, "--epochs", "1", "--out", "r"]
+    first, second = ended(processes(words))
+    assert first[0] == second[0] == 0 and "next:" in first[1] and "next:" not in second[1]
+    state = json.loads((tmp_path / "r/checkpoints/step-00000003/state.json").read_text())
+    assert state["processes"] == 2
+    first, second = ended(processes(["pretrain", "--resume", "r", "--device", "cpu"])[2:])
+    assert first[0] == second[0] == 0 and "was finished already" in first[1] and second[1].strip() == ""
 
 
 def test_a_killed_process_ends_the_other(photos, tmp_path, processes):

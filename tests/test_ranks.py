@@ -8,7 +8,6 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from sslpre.contract.pair import pair  # noqa: F401  (a fixture)
 from sslpre.ops import ranks
 
 SHAPES = {"1d": (12, 5), "2d": (12, 5, 3, 4), "with activation": (12, 5, 3, 4)}
@@ -54,7 +53,7 @@ def both(kind, momentum):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_batch_normalisation_is_that_of_the_whole_batch(pair, kind, momentum):  # noqa: F811
+def test_batch_normalisation_is_that_of_the_whole_batch(pair, kind, momentum):
     one = through(kind, momentum, 1, 0)
     two = pair.run(both, kind, momentum)
     for name, expected in one.items():
@@ -73,7 +72,7 @@ def mixed_precision():
     return str(y.dtype), str(norm.running_var.dtype), float(y.detach().float().std())
 
 
-def test_bfloat16_goes_in_and_out_and_is_normalised_in_fp32(pair):  # noqa: F811
+def test_bfloat16_goes_in_and_out_and_is_normalised_in_fp32(pair):
     for kind, kept, std in pair.run(mixed_precision):
         assert (kind, kept) == ("torch.bfloat16", "torch.float32") and std > 0
 
@@ -87,11 +86,24 @@ def similarities(gathered):
     return z.detach().numpy(), x.grad.numpy() / ranks.world()
 
 
-def test_gather_carries_gradients(pair):  # noqa: F811
+def test_gather_carries_gradients(pair):
     z, grad = similarities(False)
     parts = pair.run(similarities, True)
     assert all(np.array_equal(part[0], z) for part in parts)
     assert np.abs(np.concatenate([part[1] for part in parts]) - grad).max() < 1e-12
+
+
+def answer_or_fail(rank):
+    if rank == ranks.rank():
+        raise ValueError("mine")
+    return ranks.rank()
+
+
+def test_a_failure_in_the_pair_is_not_the_next_tests(pair):
+    with pytest.raises(AssertionError, match=r"process 1: (.*\n)*.*ValueError: mine"):
+        pair.run(answer_or_fail, 1)
+    assert pair.run(answer_or_fail, 2) == [0, 1]
+    assert pair.run(whole_numbers) == [([0, 1, 2, 3, 4, 5], [2, 1])] * 2
 
 
 def whole_numbers():
@@ -100,7 +112,7 @@ def whole_numbers():
     ).tolist()
 
 
-def test_indices_are_gathered_too(pair):  # noqa: F811
+def test_indices_are_gathered_too(pair):
     assert pair.run(whole_numbers) == [([0, 1, 2, 3, 4, 5], [2, 1])] * 2
 
 
@@ -112,7 +124,7 @@ def pretend():
         return ranks.world(), tuple(z.shape), float(x.grad.sum())
 
 
-def test_alone_has_the_sizes_of_all_but_asks_nobody(pair):  # noqa: F811
+def test_alone_has_the_sizes_of_all_but_asks_nobody(pair):
     assert pair.run(pretend) == [(2, (4, 3), 24.0)] * 2
 
 

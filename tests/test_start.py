@@ -83,12 +83,123 @@ def test_a_folder_as_the_hub_keeps_it(tmp_path):
     ours = build()
     load(ours, found)
     assert same_weights(ours, network)
-    config["pretrained_cfg"]["mean"] = "red"
-    for broken in ("[", "[]", "{}", json.dumps(config)):
-        (tmp_path / "config.json").write_text(broken)
-        with pytest.raises(SslpreError, match=r"config.json` cannot be read") as caught:
-            read(str(tmp_path), "auto")
-        assert caught.value.code == 5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        {"pretrained_cfg": 5},
+        {"model_args": [1]},
+        {"model_args": {"in_chans": 1}},
+        {"model_args": {"img_size": 10**9}},
+        {"architecture": 5},
+        {"tag": {"a": 1}},
+        *({"mean": mean} for mean in ("red", [float("nan"), 0, 0], [0, 0], [0, 0, 2], 5)),
+        *({"std": std} for std in ([0, 0, 0], [1, 1, -1], [1, 1, float("inf")], {"r": 1})),
+        *({"classifier": named} for named in (5, [5])),
+        *({"license": licence} for licence in ({"name": "mit"}, ["mit"], 5)),
+        *({"input_size": size} for size in ([3, 0, 0], [3, 8, 5000], [3, -3, -3], 32, "big")),
+    ],
+)
+def test_a_config_that_cannot_be_meant(tmp_path, config):
+    plain(tmp_path / "model.safetensors", "test_resnet")
+    text = config if isinstance(config, str) else json.dumps({"architecture": "test_resnet", **config})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SslpreError, match=r"config.json` cannot be read: \S") as caught:
+        read(str(tmp_path), "auto")
+    assert caught.value.code == 5 and "\n" not in caught.value.message
+
+
+def test_a_folders_model_args_are_its_networks(tmp_path):
+    """As timm opens the folder itself: the shapes of its tensors do not tell the number of heads."""
+    plain(tmp_path / "model.safetensors", "test_vit", img_size=32, num_heads=4)
+    arguments = {"num_heads": 4, "img_size": 32, "num_classes": 10, "qkv_bias": True}
+    config = {"architecture": "test_vit", "model_args": arguments, "pretrained_cfg": {"classifier": "head"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    found = read(str(tmp_path), "auto")
+    assert found.extra == {"num_heads": 4, "qkv_bias": True} and found.image_size == 32
+    ours = start.started(found, 32, found.mean, found.std)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(ours(x), theirs(ours.prepare(x)), atol=1e-6)
+        other = build("test_vit").eval()
+        other.model.load_state_dict(found.tensors)
+        assert not torch.allclose(other(x), ours(x), atol=1e-3), "the heads make no difference"
+    with pytest.raises(SslpreError, match="num_heads=4"):
+        load(build("test_vit"), found)
+    config["model_args"] = {"features_only": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read(str(tmp_path), "auto")
+    with pytest.raises(SslpreError, match="no argument `features_only`") as caught:
+        start.started(found, 32, found.mean, found.std)
+    assert caught.value.code == 2
+
+
+def test_what_a_file_says_is_printed_on_one_line(tmp_path):
+    plain(tmp_path / "model.safetensors", "test_resnet")
+    bad = "mit\n\x1b[31m"
+    config = {"architecture": "test_resnet", "pretrained_cfg": {"license": bad, "tag": bad}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read(str(tmp_path), "auto")
+    ours = build(stem="timm")
+    load(ours, found)
+    assert found.licence == "mit\\n\\x1b[31m"
+    assert say_loaded(ours, found).isprintable() and all(fact.isprintable() for fact in found.facts().values())
+    export.write_file(build(), {"licence": bad, "origin": bad, "method": bad}, tmp_path / "e.safetensors")
+    assert all(fact.isprintable() for fact in read(str(tmp_path / "e.safetensors"), "auto").facts().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_types_become_float32(tmp_path, dtype):
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in SHARED.model.state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    ours = build()
+    load(ours, read(str(tmp_path / "w.safetensors"), "test_resnet"))
+    for name, tensor in ours.model.state_dict().items():
+        assert tensor.dtype in (torch.float32, torch.int64) and torch.equal(tensor, tensors[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.complex64])
+def test_numbers_that_are_no_weights(tmp_path, dtype):
+    tensors = dict(SHARED.model.state_dict())
+    tensors["layer1.0.conv1.weight"] = tensors["layer1.0.conv1.weight"].to(dtype)
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(SslpreError, match=r"`layer1.0.conv1.weight` are \w+ numbers") as caught:
+        load(build(), read(str(tmp_path / "w.safetensors"), "test_resnet"))
+    assert caught.value.code == 5
+
+
+def test_an_export_is_not_sent_to_import(tmp_path):
+    """What sslpre wrote it knows in full; another program's file may be named in another way."""
+    export.write_file(build("mixer_s32_224", 224), {}, tmp_path / "e.safetensors")
+    plain(tmp_path / "w.safetensors", "resnet18")
+    other = build("mixer_s32_224", 64)
+    with pytest.raises(SslpreError, match="not `") as caught:
+        load(other, read(str(tmp_path / "e.safetensors"), "auto"))
+    assert caught.value.code == 5 and "import" not in caught.value.hint
+    with pytest.raises(SslpreError, match="not `") as caught:
+        load(other, read(str(tmp_path / "w.safetensors"), "mixer_s32_224"))
+    assert "sslpre import" in caught.value.hint
+
+
+@pytest.mark.parametrize("backbone, stem", [("resnet18_small", "auto"), ("resnet18", "small")])
+def test_a_small_stem_that_timms_weights_do_not_have_is_told_before_they_are_fetched(monkeypatch, backbone, stem):
+    asked = hub(monkeypatch, error=OSError("offline"))
+    with pytest.raises(SslpreError, match="has timm's own stem, and the recipe asks for a small one") as caught:
+        read("pretrained", backbone, stem)
+    assert caught.value.code == 2 and not asked and "--set encoder.stem=timm" in caught.value.hint
+
+
+def test_a_name_that_ends_like_ours_is_timms_own(tmp_path):
+    assert start.known_weights("convnext_small.fb_in1k")["architecture"] == "convnext_small"
+    plain(tmp_path / "c.safetensors", "convnext_small", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    found = read(str(tmp_path / "c.safetensors"), "convnext_small")
+    assert (found.architecture, found.stem) == ("convnext_small", "timm")
 
 
 @pytest.mark.parametrize("form", ["e.safetensors", "enc"])
@@ -202,7 +313,7 @@ def test_another_patch_size_is_another_network(tmp_path):
 
 
 def test_other_arguments_are_another_network():
-    with pytest.raises(SslpreError, match="with `num_heads=12`, which no run has") as caught:
+    with pytest.raises(SslpreError, match="with `num_heads=12`, the run's is not") as caught:
         load(SHARED, begin(dict(SHARED.model.state_dict()), extra={"num_heads": 12}))
     assert caught.value.code == 5
 

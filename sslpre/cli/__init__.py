@@ -13,9 +13,9 @@ import typer
 
 from sslpre import __version__
 from sslpre.cli import export, import_, pretrain, probe, processes, recipes
-from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, printable, surprise
+from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
-from sslpre.errors import SslpreError
+from sslpre.errors import SslpreError, printable
 
 app = typer.Typer(
     cls=Group,
@@ -88,6 +88,7 @@ def run(words: list[str]) -> int:
         import traceback
 
         traceback.print_exception(cause)
+    told.everywhere = getattr(cause, "everywhere", False) or told.code == 130  # a terminal's Ctrl-C goes to all
     ending = processes.in_turn(told, tell)
     processes.end(ending)
     return ending

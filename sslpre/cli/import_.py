@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sslpre.cli.words import flag, not_empty
-from sslpre.errors import SslpreError
+from sslpre.errors import SslpreError, printable
 from sslpre.weights import check_import
 
 
@@ -41,7 +41,7 @@ def import_(
 
     told, lines = bring(Path(old), Path(out), backbone)
     for line in told:
-        print(line, file=sys.stderr)
-    print(f"done: `{out}`; timm opens it with", file=sys.stderr)
+        print(printable(line), file=sys.stderr)
+    print(printable(f"done: `{out}`; timm opens it with"), file=sys.stderr)
     for line in lines:
         print(line)

@@ -66,11 +66,6 @@ def first_plain(words: Sequence[str]) -> str | None:
     return next((word for word in words if not word.startswith("-")), None)
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with control characters and undecodable bytes written out: file names may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def interrupted(verb: str | None) -> SslpreError:
     """Ctrl-C where nothing was said about it yet."""
     again = "before its first step a new run leaves nothing; one that was resumed is as it was: type it again"

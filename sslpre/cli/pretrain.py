@@ -12,10 +12,10 @@ import typer
 from sslpre.cli.probe import DEVICES
 from sslpre.cli.words import check_folder, flag, not_empty, number, one_of, whole
 from sslpre.errors import SslpreError
-from sslpre.train.runs import find_run
+from sslpre.train.runs import find_run, is_run
 from sslpre.weights import spelled
 
-RESUMABLE = ("data.max_bad",)  # what may be changed when a run goes on: it has no part in what is learned
+RESUMABLE = ("data.max_bad", "train.checkpoint_minutes", "train.micro_batch")  # may be changed when a run goes on
 PRECISIONS = ("auto", "bf16", "fp32")
 RESUME = "Go on with a run; then no RECIPE. auto: if any."
 
@@ -112,7 +112,9 @@ def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> N
     not_empty({**words, "--init": keys.get("encoder.init"), "--resume": resume}, "sslpre pretrain simclr ./images")
     if resume is not None and resume != "auto":
         flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys if path not in RESUMABLE]
-        given = ", ".join(f"`{name}`" for name in [*(name for name, word in words.items() if word), *flags])
+        settings = [one for one in words["--set"] or () if one.partition("=")[0].strip() not in RESUMABLE]
+        typed = {**words, "--set": settings}
+        given = ", ".join(f"`{name}`" for name in [*(name for name, word in typed.items() if word), *flags])
         if given:
             message = f"`--resume {resume}` goes on with a run as it was begun, so {given} cannot be given"
             raise SslpreError(message, f"sslpre pretrain --resume {shlex.quote(resume)}")
@@ -139,7 +141,8 @@ def look(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> Non
             apply_setting(plain, setting)
     if words["IMAGES"] is not None:
         check_folder(words["IMAGES"])
-    if "encoder.init" in keys:
+    begun = resume == "auto" and words["--out"] is not None and is_run(Path(words["--out"]))
+    if "encoder.init" in keys and not begun:
         keys["encoder.init"] = spelled(keys["encoder.init"])
 
 

@@ -153,12 +153,26 @@ def opened(path: Path, device: torch.device) -> tuple[Encoder, Encoder | None, D
         from sslpre.train.build import open_run
 
         encoder, recipe, facts = open_run(path, device)
-        start = open_encoder(path / "start")[0].to(device) if (path / "start").is_dir() else None
-        return encoder, start, recipe.data, facts
+        return encoder, kept_start(path / "start", device), recipe.data, facts
     from sslpre.recipe import DataTable
 
     encoder, facts = open_encoder(path)
     return encoder.to(device), None, DataTable(store_size=int(facts.get("store_size", facts["image_size"]))), facts
+
+
+def kept_start(folder: Path, device: torch.device) -> Encoder | None:
+    """The weights that a run began with, where it keeps any. Raises SslpreError (exit 5) where they are damaged."""
+    from sslpre.export import open_encoder
+
+    if not folder.is_dir():
+        return None
+    try:
+        return open_encoder(folder)[0].to(device)
+    except SslpreError as error:
+        message = f"the starting weights that the run keeps cannot be read: {error.message}"
+        raise SslpreError(
+            message, f"without them the run can be probed: rm -r {shlex.quote(str(folder))}", 5
+        ) from error
 
 
 def images_of(table: DataTable) -> Found:

@@ -65,7 +65,7 @@ class BadList:
         self.path, self.limit, self.total, self.after = path, limit, total, after
         self.allowed = math.floor(limit * total + 1e-9)  # 0.29 * 100 is 28.999999999999996
         self.pending: list[dict[str, Any]] = []
-        self._shared, self._first = shared, first
+        self.shared, self._first = shared, first
         self._say = say or _to_stderr
         self._lock = threading.Lock()
         self._known: set[str] = set()  # by name: the folder may be written another way when the run is resumed
@@ -80,7 +80,7 @@ class BadList:
     def add(self, source: Source, i: int, reason: str) -> None:
         """Note that image `i` of `source` is bad. Raises SslpreError (exit 20) while there are more than allowed."""
         entry = {"where": source.where, "name": source.name(i), "index": i, "reason": reason}
-        if self._shared:
+        if self.shared:
             self.pending.append(entry)
         else:
             self._note(entry)
@@ -177,10 +177,7 @@ def mixed(source: Source) -> str:
     if share is None or share in (0, 1):
         return ""
     percent = "under 1" if share < 0.01 else "over 99" if share > 0.99 else f"{share * 100:.0f}"
-    return (
-        f"{percent} % of the images are grey, the others in colour: that alone tells them apart; "
-        "--set views.0.gray=1 takes the colour away"
-    )
+    return f"{percent} % of the images are grey files, the others in colour: that alone tells them apart"
 
 
 def _spread(count: int, at_most: int) -> list[int]:
@@ -256,10 +253,13 @@ class Stream:
             for batch in rows[max(0, first - begin) : min(self.steps_per_epoch, last - begin)]:
                 yield batch.chunk(self.world)[self.rank]
 
-    def in_order(self, part: slice = slice(None)) -> Generator[Pixels, None, None]:
-        """Every index, or those of `part`, once, ascending, the last batch shorter. Bad images as in `epoch`."""
+    def in_order(self, part: slice = slice(None), batch: int = 0) -> Generator[Pixels, None, None]:
+        """Every index, or those of `part`, once, ascending, the last batch shorter. Bad images as in `epoch`.
+
+        batch: images at a time, if not as many as in training.
+        """
         rows = torch.arange(len(self.source))[part]
-        return self._run(iter(rows.split(self.batch_size)) if len(rows) else iter(()))
+        return self._run(iter(rows.split(batch or self.batch_size)) if len(rows) else iter(()))
 
     @contextlib.contextmanager
     def peek(self) -> Iterator[Pixels]:
@@ -315,7 +315,8 @@ class Stream:
         outcome = _Outcome([])
         for slot in slots:
             first = int(batch.index[slot])
-            patience = min(len(self.source), self.bad.allowed + 1)
+            # a list that several processes share is only counted when they meet
+            patience = len(self.source) if self.bad.shared else min(len(self.source), self.bad.allowed + 1)
             for i in ((first + k) % len(self.source) for k in range(patience)):
                 if stop.is_set():
                     return outcome

@@ -93,14 +93,14 @@ def interval(right: Tensor, seed: int, strengths: tuple[float, ...] = ()) -> Sco
 def best(names: Sequence[str], found: Sequence[Answers], linear: bool, knn: bool) -> dict[str, str]:
     """Metric → the features that do best on held-out training images; of equals the deepest.
 
-    linear: the least loss there, which on so few images tells features apart that accuracy does not; kNN: the highest
-    accuracy.
+    linear: the least loss there of any strength, which on so few images tells features apart that accuracy does not;
+    kNN: the highest accuracy.
     """
     places = range(len(names))
-    nothing = Choice(1.0, (0.0, 0.0))
+    nothing = Choice(1.0, (0.0, 0.0), 0.0)
     best: dict[str, str] = {}
     if linear:
-        best["linear"] = names[max(places, key=lambda at: ((found[at].choice or nothing).held[1], at))]
+        best["linear"] = names[max(places, key=lambda at: (-(found[at].choice or nothing).least, at))]
     if knn:
         best["knn"] = names[max(places, key=lambda at: (found[at].knn_held, at))]
     return best

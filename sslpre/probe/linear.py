@@ -56,10 +56,14 @@ def split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class Choice:
-    """A strength C and what it was chosen by: accuracy and minus the loss on the held-out part, (0, 0) without one."""
+    """A strength C and what it was chosen by: accuracy and minus the loss on the held-out part, (0, 0) without one.
+
+    least: the lowest loss there of any strength, which features are compared by.
+    """
 
     strength: float
     held: tuple[float, float]
+    least: float
 
 
 def search(
@@ -86,7 +90,7 @@ def choose(
     """The strength that is best on the held-out part, and the weight and bias fitted with it on the rest."""
     fit, held = (torch.from_numpy(rows).to(labels.device) for rows in split(labels.cpu().numpy(), HELD_OUT, seed))
     if not len(held):
-        return Choice(1.0, (0.0, 0.0)), None
+        return Choice(1.0, (0.0, 0.0), 0.0), None
     learned, held_out, truth = standard[fit], standard[held], labels[held]
     tried: dict[float, tuple[float, float]] = {}  # strength → held-out accuracy, minus held-out loss
     fits: dict[float, tuple[Tensor, Tensor]] = {}
@@ -111,7 +115,7 @@ def choose(
     for strength in (best / 10**0.5, best * 10**0.5):
         attempt(strength, lower, fits[best])
     best = max(tried, key=tried.__getitem__)
-    return Choice(best, tried[best]), fits[best]
+    return Choice(best, tried[best], -max(loss for _, loss in tried.values())), fits[best]
 
 
 def exact(device: torch.device) -> torch.dtype:

@@ -40,7 +40,7 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
     if found.train.classes and recipe.data.images:
         say(f"           folder names are {'the labels' if run.objective.needs_labels else 'not used as labels'}")
     if one_more := mixed(found.train):
-        say(f"           {one_more}")
+        say(f"           {one_more}; --set views.0.gray=1 takes the colour away")
     built = f" as {network.architecture}" if network.architecture != recipe.encoder.backbone else ""
     say(
         f"encoder    {shown('encoder', 'backbone')}{built}, {weights:.2f} M weights, "
@@ -63,7 +63,8 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
     )
     if run.part:
         note = "; batch normalisation sees these alone" if norms(network) else ""
-        say(f"memory     {run.part} of {run.stream.batch_size // run.stream.world} images at a time{note}")
+        each = f" in each of {run.stream.world} processes" if run.stream.world > 1 else ""
+        say(f"memory     {run.part} of {run.stream.batch_size // run.stream.world} images at a time{each}{note}")
     if run.stream.world > 1:
         say(f"processes  {run.stream.world}, {run.stream.batch_size // run.stream.world} images of each batch in each")
     left_alone = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.skipped.items()))

@@ -69,6 +69,8 @@ def build(
         "torch": torch.__version__,
     }
     optimisers = optim.build(objective, recipe.optim, where)
+    if ranks.world() > 1:
+        ranks.synchronise(objective)
     stream = stream_of(folder, recipe, found, where, workers)
     run = loop.Run(folder, recipe, objective, optimisers, stream, views, labels, where, facts)
     if 0 < table.micro_batch < table.batch_size // ranks.world():
@@ -94,9 +96,11 @@ def refuse(recipe: Recipe, found: Found, views: Views) -> None:
         )
     if batch % ranks.world():
         near = batch // ranks.world() * ranks.world()
+        sizes = " or ".join(f"--batch-size {size}" for size in (near, near + ranks.world()) if size)
+        counts = ", ".join(str(count) for count in range(1, 17) if batch % count == 0)
         raise SslpreError(
             f"batch size `{batch}` cannot be shared out to {ranks.world()} processes",
-            " or ".join(f"--batch-size {size}" for size in (near, near + ranks.world()) if size),
+            f"{sizes}; a run that goes on takes {counts} processes",
         )
     if method.couples and batch < 2:
         raise SslpreError(
@@ -150,6 +154,7 @@ def make_objective(
             mean=table.mean,
             std=table.std,
             colour=colour,
+            model_args=table.model_args,
         )
         if start is not None:  # here, before a method makes copies of it
             if colour != "rgb":

@@ -15,6 +15,7 @@ from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 LOST = 15
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective: the first process may be writing a checkpoint meanwhile
 
@@ -70,23 +71,29 @@ def alike(do: Callable[[], T]) -> T:
     """What `do` gives; an SslpreError in any process is one in all. Told once where all have the same."""
     if ranks.world() == 1:
         return do()
-    mine: SslpreError | None = None
+    mine: Exception | None = None
     try:
         result = do()
-    except SslpreError as error:
+    except Exception as error:  # whatever it is, the others must learn that this process cannot go on
         mine = error
-    told = collected([None if mine is None else (mine.message, mine.hint, mine.code)])
+    told = collected([None if mine is None else in_words(mine)])
     if all(told) and len(set(told)) == 1 and mine is not None:
         raise everywhere(mine)
     for number, theirs in enumerate(told):
         if theirs is not None:
-            raise everywhere(SslpreError(f"process {number}: {theirs[0]}", theirs[1], LOST))
+            raise everywhere(SslpreError(f"process {number}: {theirs[0]}", theirs[1], LOST)) from mine
     return result
 
 
-def everywhere(error: SslpreError) -> SslpreError:
+def in_words(error: Exception) -> tuple[str, str, int]:
+    if isinstance(error, SslpreError):
+        return error.message, error.hint, error.code
+    return f"{type(error).__name__}: {error}", "add --debug to see where it happened", 1
+
+
+def everywhere(error: E) -> E:
     """Mark an error that every process raises: the first one tells it."""
-    error.everywhere = True
+    error.everywhere = True  # type: ignore[attr-defined]
     return error
 
 

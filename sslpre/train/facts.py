@@ -19,8 +19,8 @@ from sslpre.train.runs import write_text
 
 HEADER = f"""Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:
 sslpre pretrain THIS-FILE"""
-# Keys that may differ between the parts of a run: they change what it bears and saves, not what it computes.
-FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes",)}
+# Keys that may differ between the parts of a run: what it bears, how often it saves, how much it holds in memory.
+FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes", "micro_batch")}
 
 
 def digest(recipe: Recipe) -> str:
@@ -30,6 +30,15 @@ def digest(recipe: Recipe) -> str:
         for key in keys:
             plain[table].pop(key)
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def keys_of(recipe: Recipe) -> dict[str, str]:
+    """Every key of the recipe and its value as text, for processes to compare."""
+    tables = recipe.model_dump()
+    views = {"views": str(tables.pop("views"))}
+    return {
+        f"recipe ({table}.{key})": str(item) for table, keys in tables.items() for key, item in keys.items()
+    } | views
 
 
 def facts_of(recipe: Recipe, network: Encoder, step: int, fingerprint: str) -> dict[str, str]:

@@ -94,6 +94,8 @@ def start_epoch(run: Run, epoch: int) -> None:
         for parameter in module.parameters():  # a fresh weight must not inherit the old one's momentum
             for optimiser in run.optimisers.values():
                 optimiser.state.pop(parameter, None)
+    if type(run.objective).epoch_start is not Objective.epoch_start:
+        distributed.same_weights(run.objective)  # what was computed in each may differ in the last bit
 
 
 @torch.no_grad()
@@ -103,7 +105,8 @@ def every_image(run: Run, f: Callable[[Tensor], Tensor]) -> Tensor:
     run.objective.eval()
     assert run.recipe.encoder.image_size != "auto"
     side = run.recipe.encoder.image_size
-    mine = run.stream.in_order(distributed.part(len(run.stream.source)))
+    batch = run.part or run.stream.batch_size // ranks.world()  # in evaluation it takes less memory than in training
+    mine = run.stream.in_order(distributed.part(len(run.stream.source)), batch)
     rows = [f(centre(some.pixels, some.size, side)) for some in mine]
     run.objective.train(was_training)
     tell_bad(run)
@@ -116,12 +119,15 @@ def tell_bad(run: Run) -> None:
 
 
 def save(run: Run, meter: Meter) -> None:
-    if not distributed.first():
-        return
+    distributed.from_first(lambda: write(run, meter))
+
+
+def write(run: Run, meter: Meter) -> None:
     state = {
         "step": run.step,
         "seconds": run.seconds + meter.total()["seconds"],
         "part": run.part,
+        "processes": ranks.world(),
         **run.facts,
     }
     optim_state = optim.state_by_name(run.objective, run.optimisers)

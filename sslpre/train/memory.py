@@ -12,8 +12,10 @@ from torch import nn
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
 from sslpre.objective import Objective
+from sslpre.ops import ranks
 
 CODE = 12
+OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
 # What torch and its libraries say on a CPU, where running out of memory has no exception of its own.
 CPU_SAYS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a primitive")
 
@@ -41,6 +43,12 @@ def half(part: int, side: int) -> int:
             CODE,
         )
     return (part + 1) // 2
+
+
+def room(objective: Objective, optimiser: str) -> list[torch.Tensor]:
+    """As much memory as the optimiser's state and a message of gradients to other processes will take."""
+    times = (2 if optimiser == "adamw" else 1) + (ranks.world() > 1)
+    return [torch.empty_like(p) for p in objective.parameters() if p.requires_grad for _ in range(times)]
 
 
 def in_parts(objective: Objective, part: int, views: int) -> None:
@@ -81,5 +89,5 @@ def attributes(objective: Objective) -> dict[str, Any]:
     return {
         name: copy.copy(value) if isinstance(value, list | dict | set) else value
         for name, value in vars(objective).items()
-        if not name.startswith("_") and name != "training"
+        if name not in OWN
     }

@@ -6,10 +6,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import timm
+from pydantic import ValidationError
 
 from sslpre.encoder import size_arguments, takes_small
 from sslpre.errors import SslpreError
 from sslpre.recipe import EncoderTable, Recipe
+from sslpre.timm import small_stem_of
 from sslpre.train.device import Facts
 from sslpre.weights import PRETRAINED, TIMM
 
@@ -19,12 +21,15 @@ if TYPE_CHECKING:
 FEWEST = 16  # images: the batch is at most an eighth of them, and a batch of one has nothing to compare
 
 
-def resolve(recipe: Recipe, images: int, short_side: int, device: Facts, start: Start | None = None) -> Recipe:
+def resolve(
+    recipe: Recipe, images: int, short_side: int, device: Facts, start: Start | None = None, world: int = 1
+) -> Recipe:
     """The recipe with every `auto` replaced by a number or a name.
 
     images: how many there are to train on; short_side: their median, in pixels; start: the weights that `init` names,
-    whose network, stem and colours the run gets. Raises SslpreError: exit 4 for fewer than 16 images where the batch is
-    to be chosen, exit 2 for a batch larger than the data set and for a recipe that names another network than `init`.
+    whose network, stem and colours the run gets; world: processes that share each batch. Raises SslpreError: exit 4 for
+    fewer than 16 images where the batch is to be chosen, exit 2 for a batch larger than the data set and for a recipe
+    that names another network than `init`.
     """
     encoder, train = recipe.encoder, recipe.train
     if start is None:
@@ -40,7 +45,8 @@ def resolve(recipe: Recipe, images: int, short_side: int, device: Facts, start: 
         raise SslpreError(
             f"`{images}` images are too few to train on", f"sslpre needs {FEWEST}, and learns from 5,000 up", 4
         )
-    batch = batch_size(images, image_size, device) if train.batch_size == "auto" else train.batch_size
+    shared_out = max(1, batch_size(images, image_size, device) // world) * world
+    batch = shared_out if train.batch_size == "auto" else train.batch_size
     if batch > images:
         raise SslpreError(
             f"batch size `{batch}` is larger than the data set: {images} images, no step would run",
@@ -79,14 +85,20 @@ def begun_with(start: Start, encoder: EncoderTable, usual: int) -> dict[str, Any
     if named not in ("auto", start.architecture, f"{start.architecture}_small"):
         message = f"`--init {start.source}` is a {start.architecture}, `--backbone {encoder.backbone}` names another"
         raise SslpreError(message, f"--backbone {start.architecture}, or other weights")
-    stem = "small" if named.endswith("_small") and named != start.architecture else encoder.stem
+    stem = "small" if small_stem_of(named) is not None else encoder.stem
     if stem not in ("auto", start.stem):
         told = {"small": "a small stem", "timm": "timm's own stem"}
         message = f"`--init {start.source}` has {told[start.stem]}, and the recipe asks for `{stem}`"
         raise SslpreError(message, f"--set encoder.stem={start.stem}")
+    refuse_unwritable(start)
+    arguments = {**start.extra, **encoder.model_args}
+    for name, item in arguments.items():
+        if name in start.extra and item != start.extra[name]:
+            message = f"`--init {start.source}` has {name}={start.extra[name]}, and the recipe asks for `{item}`"
+            raise SslpreError(message, f"leave {name} out of [encoder] model_args")
     image_size = encoder.image_size
     if image_size == "auto":
-        image_size = fitting(start, usual)
+        image_size = fitting(start, usual, arguments)
     elif start.stem == "small" and image_size > 64:
         message = f"`--init {start.source}` has a small stem, for images up to 64 px, not `{image_size}`"
         raise SslpreError(message, "--image-size 64")
@@ -98,15 +110,26 @@ def begun_with(start: Start, encoder: EncoderTable, usual: int) -> dict[str, Any
         "init": start.init,
         "mean": start.mean if encoder.mean == default.mean else encoder.mean,
         "std": start.std if encoder.std == default.std else encoder.std,
+        "model_args": arguments,
     }
 
 
-def fitting(start: Start, usual: int) -> int:
+def refuse_unwritable(start: Start) -> None:
+    """Raises SslpreError (exit 5) where the network of `start` has arguments that a recipe cannot hold."""
+    try:
+        EncoderTable(model_args=start.extra)
+    except ValidationError as error:
+        told = ", ".join(f"{name}={item}" for name, item in start.extra.items())
+        message = f"`--init {start.source}` is a {start.architecture} with `{told}`, which no recipe can hold"
+        raise SslpreError(message, "start from other weights", 5) from error
+
+
+def fitting(start: Start, usual: int, model_args: dict[str, Any]) -> int:
     """The usual image size where the starting network can take it, else the one that it was trained at."""
     if start.stem == "small":
         return min(usual, 64)
     try:
-        arguments = size_arguments(start.architecture, usual)
+        arguments = size_arguments(start.architecture, usual, model_args)
     except SslpreError:  # its patches do not divide it
         return start.image_size
     cfg = timm.get_pretrained_cfg(start.architecture)
@@ -124,14 +147,15 @@ def as_begun(wanted: Recipe, begun: Recipe) -> Recipe:
     if not theirs.init or not (timms or ours.init == theirs.init):
         return wanted
     default = EncoderTable()
-    tag = ours.backbone.partition(".")[2]
-    same = ours.backbone.partition(".")[0].removesuffix("_small") == theirs.backbone and (
+    name, _, tag = ours.backbone.partition(".")
+    same = (small_stem_of(name) or name) == theirs.backbone and (
         not tag or theirs.init in (f"{TIMM}{ours.backbone}", ours.init)
     )
     keys: dict[str, Any] = {"init": theirs.init}
     keys |= {"backbone": theirs.backbone} if same else {}
     keys |= {"mean": theirs.mean} if ours.mean == default.mean else {}
     keys |= {"std": theirs.std} if ours.std == default.std else {}
+    keys |= {"model_args": theirs.model_args} if ours.model_args.items() <= theirs.model_args.items() else {}
     return wanted.edit(encoder=keys)
 
 

@@ -25,9 +25,9 @@ from sslpre.recipe import Recipe
 from sslpre.train import checkpoint, device, distributed, loop, optim, plan, step
 from sslpre.train.announce import announce
 from sslpre.train.build import build, load_data
-from sslpre.train.facts import FREE, HEADER, digest, facts_of, write_facts
+from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
 from sslpre.train.progress import duration, say
-from sslpre.train.runs import discard, find_run, is_run, new_run, write_text
+from sslpre.train.runs import ROOT, discard, find_run, is_run, new_run, write_text
 from sslpre.train.step import fewer
 
 
@@ -75,14 +75,13 @@ def pretrain(options: Options) -> Finished:
 def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     """An old run as it was begun; only the keys of `FREE` may be said anew."""
     recipe = distributed.alike(lambda: as_it_was(folder, options))
-    fresh = not checkpoint.complete(folder / "checkpoints")  # else the weights are in a checkpoint
-    table = recipe.encoder
-    begun = distributed.alike(lambda: starts.read(table.init, table.backbone) if table.init and fresh else None)
+    begun: starts.Start | None = None
+    if recipe.encoder.init and not checkpoint.complete(folder / "checkpoints"):  # else the weights are in a checkpoint
+        # the run's own copy: what `init` names may have been trained on, or have gone
+        begun = distributed.alike(lambda: starts.read(str(folder / "start"), recipe.encoder.backbone))
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
-    distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], recipe=run.facts["recipe"])
-    if distributed.first():
-        tidy(run)
-    distributed.summed([0.0])  # the others wait
+    distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
+    distributed.from_first(lambda: tidy(run))
     distributed.alike(lambda: go_on(run))
     distributed.agree(step=run.step)
     return finish(run, resumed=True)
@@ -92,7 +91,7 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
     """The recipe that the run was begun with, and in it what was said anew."""
     recipe = recipes.load(str(folder / "recipe.toml"))
     if options.recipe is not None:
-        refuse_other(recipe, wish(options), folder)
+        refuse_other(recipe, wish(options, recipe.encoder.init), folder)
     said = copy.deepcopy(options.overrides)
     for setting in options.settings:
         recipes.apply_setting(said, setting)
@@ -104,17 +103,27 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
     return recipe
 
 
-def wish(options: Options) -> Recipe:
-    """The recipe as typed: its file, then `--set`, then flags, then IMAGES."""
+def wish(options: Options, begun: str = "") -> Recipe:
+    """The recipe as typed: its file, then `--set`, then flags, then IMAGES. begun: `init` of the run that is typed
+    again, whose weights need not be there any more."""
     assert options.recipe is not None
     recipe = recipes.load(options.recipe, options.settings, options.overrides)
-    recipe = recipe.edit(encoder={"init": weights.spelled(recipe.encoder.init)})
+    init = recipe.encoder.init
+    recipe = recipe.edit(encoder={"init": begun if again(init, begun) else weights.spelled(init)})
     images = options.images or recipe.data.images
     if not images:
         return recipe
     path = os.path.abspath(images)  # so that the run's recipe.toml finds them from anywhere
     refuse_nameless(path)
     return recipe.edit(data={"images": path})
+
+
+def again(typed: str, begun: str) -> bool:
+    """Is the path `typed` the one that a run was `begun` with? The word `last` may by now mean that run itself."""
+    path = Path(begun)
+    if not typed or not begun or weights.of_timm(typed) or weights.of_timm(begun):
+        return False
+    return typed == "last" or path in (Path(os.path.abspath(typed)), Path(os.path.abspath(ROOT / typed)))
 
 
 def refuse_other(recipe: Recipe, wanted: Recipe, folder: Path) -> None:
@@ -140,7 +149,7 @@ def start(options: Options, where: torch.device) -> Finished:
     wanted, found, begun, recipe = distributed.alike(lambda: planned(options, where))
     stem = Path(options.recipe).stem
     name = str(recipe.method["name"]) if stem == "recipe" else stem
-    distributed.agree(images=found.train.fingerprint, recipe=digest(recipe))
+    distributed.agree(images=found.train.fingerprint, **keys_of(recipe))
     folder, made = distributed.from_first(lambda: new_run(name, options.out))
     run: loop.Run | None = None
     try:
@@ -162,8 +171,10 @@ def planned(options: Options, where: torch.device) -> tuple[Recipe, Found, start
     """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced."""
     wanted = wish(options)
     found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
-    begun = starts.read(wanted.encoder.init, wanted.encoder.backbone) if wanted.encoder.init else None
-    recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where), begun)
+    begun = (
+        starts.read(wanted.encoder.init, wanted.encoder.backbone, wanted.encoder.stem) if wanted.encoder.init else None
+    )
+    recipe = plan.resolve(wanted, len(found.train), short_side(found.train), device.facts(where), begun, ranks.world())
     return wanted, found, begun, recipe
 
 
@@ -223,7 +234,10 @@ def go_on(run: loop.Run) -> None:
             say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
     optim.load_state(run.objective, run.optimisers, saved.optim)
-    fewer(run, saved.state["part"])
+    begun_with, wanted = saved.state["part"], run.part  # the smaller one: what was begun with may have been too much
+    fewer(run, min(begun_with, wanted) if begun_with and wanted else begun_with or wanted)
+    if saved.state["processes"] != ranks.world():
+        say(f"resume     {saved.state['processes']} processes then, {ranks.world()} now: it goes on, not bit for bit")
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
 
@@ -240,14 +254,12 @@ def tidy(run: loop.Run) -> None:
 
 def finish(run: loop.Run, resumed: bool = False) -> Finished:
     """Train to the end, write the run's `encoder/`, and sum up."""
-    if resumed and run.step == run.steps and (run.folder / "encoder").is_dir():
+    if resumed and distributed.from_first(lambda: run.step == run.steps and (run.folder / "encoder").is_dir()):
         distributed.leave()
         say(f"done       {run.folder} was finished already")
         summary = {"run": str(run.folder), "step": run.step, "finished": True}
         return Finished(run.folder, run.recipe, summary if distributed.first() else {})
     distributed.same_weights(run.objective)
-    if ranks.world() > 1:
-        ranks.synchronise(run.objective)
     try:
         figures = loop.train(run)
     except loop.Interrupted:

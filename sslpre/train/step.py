@@ -142,11 +142,12 @@ def refuse_nonfinite(run: Run, sums: dict[str, Tensor], parameters: list[torch.n
 def fit(run: Run) -> float:
     """Find the largest part of the batch that fits, by one real forward and backward of each size tried.
 
-    All of it happens to a copy of the objective, whose weights take the place that an optimiser's state will need.
-    Several processes try alone, then take the smallest part of all. Returns the seconds that the last try took. Raises
+    All of it happens to a copy of the objective, beside as much memory as the optimiser's state will take. Several
+    processes try alone, then take the smallest part of all. Returns the seconds that the last try took. Raises
     SslpreError (exit 12) where one image is too large.
     """
     with run.stream.peek() as pixels:
+        run.stream.bad.settle(distributed.collected(run.stream.bad.pending))
         batch = len(pixels.index)
         part = run.part or batch
         seconds, failed = 0.0, None
@@ -179,6 +180,7 @@ def rehearse(run: Run, pixels: Pixels, part: int) -> float:
     kept, run.part = (run.objective, run.part), part
     run.objective = copy.deepcopy(run.objective).train()
     try:
+        room = memory.room(run.objective, run.recipe.optim.name)
         memory.in_parts(run.objective, part if part < len(pixels.index) else 0, len(run.views.sides))
         reseed(run.recipe.train.seed, "rehearsal")
         begun = time.monotonic()
@@ -189,6 +191,7 @@ def rehearse(run: Run, pixels: Pixels, part: int) -> float:
                 loss = next_loss(run, game, player).value
                 loss.backward()
                 loss.item()  # waits for the device
+        del room
         return time.monotonic() - begun
     finally:
         run.objective, run.part = kept

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from sslpre.errors import SslpreError
 
 FAILED = 15
-GRACE = 5.0  # seconds in which a process that failed like the first, or because of another, is ended by torchrun
+GRACE = 3.0  # seconds in which a process that failed like the first, or because of another, is ended by torchrun
 
 
 def number() -> int:

@@ -86,6 +86,24 @@ class Encoder(nn.Module):
 
         return checkpoint(run, part, use_reentrant=False, context_fn=contexts)
 
+    @torch.no_grad()
+    def strides_a_point(self, side: int) -> bool:
+        """Does a convolution of stride 2 or more see a 1 × 1 map when images are `side` px wide?"""
+        found: list[bool] = []
+
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, nn.Conv2d)
+            found.append(max(layer.stride) > 1 and max(layer.kernel_size) > 1 and inputs[0].shape[2:] == (1, 1))
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d)]
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+        training = self.training
+        self.eval()(torch.zeros(1, 3, side, side, device=self.mean.device))
+        self.train(training)
+        for hook in hooks:
+            hook.remove()
+        return any(found)
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """timm's names of the stages, shallow to deep, as `out_indices` counts them; none where the model has none."""

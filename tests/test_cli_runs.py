@@ -318,3 +318,21 @@ def test_an_export_of_the_wrong_kind(run_cli, here):
         "cannot write `.pth` files",
         "sslpre export encoder.safetensors",
     )
+
+
+def test_what_a_cpu_computes_wrongly_is_refused(run_cli, photos):
+    words = [
+        "--backbone",
+        "test_resnet",
+        "--image-size",
+        "16",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    done = run_cli("pretrain", "rotation", photos, *words, "--precision", "bf16")
+    assert done.code == 2 and "strided convolutions of one pixel" in done.err and "--precision fp32" in done.err
+    assert run_cli("pretrain", "rotation", photos, *words, "--precision", "fp32").code == 0

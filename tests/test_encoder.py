@@ -230,3 +230,13 @@ def test_recomputing_leaves_running_statistics_alone():
             twin(part)
     for (name, a), b in zip(network.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "name, side, expected", [("test_resnet", 16, True), ("test_resnet", 32, False), ("test_vit", 16, False)]
+)
+def test_a_strided_convolution_of_one_pixel_is_seen(name, side, expected):
+    """In bf16 on a CPU such a gradient is garbage."""
+    network = encoder.build(name, image_size=side, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert network.strides_a_point(side) == expected
+    assert network.training and not network.model._forward_pre_hooks

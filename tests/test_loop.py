@@ -22,6 +22,7 @@ from sslpre.data.find import find, subset
 from sslpre.data.sample import sample
 from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Epoch, Loss, Objective, Setup
+from sslpre.ops import ranks
 from sslpre.recipe import OptimTable
 from sslpre.train import checkpoint, loop, optim
 from sslpre.train import run as runs
@@ -97,6 +98,8 @@ class Cluster(Objective):
         bright = epoch.every_image(lambda x: self.encoder(x)[:, :8].sum(1))
         self.target.copy_(bright > bright.median())
         self.classifier.reset_parameters()
+        with torch.no_grad():  # as another machine's rounding would have it
+            self.classifier.weight += 1e-3 * ranks.rank()
         self.fresh.append(self.classifier.weight.detach().clone())
         return [self.classifier]
 

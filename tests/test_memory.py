@@ -149,9 +149,11 @@ def test_later_it_halves_and_takes_the_same_step_again(photos, tmp_path, child):
     assert apart < 1e-5 < 1e-2 < moved
 
 
-def test_the_hint_of_a_run_that_ran_out_too_late_can_be_typed(photos, tmp_path, run_cli):
-    """Parts may be made smaller when a run goes on, and are then what the checkpoint remembers."""
-    words = ["--backbone", "test_vit", "--image-size", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu"]
+@pytest.mark.parametrize("before, backbone", [("0", "test_vit"), ("2", "test_resnet")])
+def test_the_hint_of_a_run_that_ran_out_too_late_can_be_typed(before, backbone, photos, tmp_path, run_cli):
+    """Parts may be made smaller, or larger, when a run goes on; it is said, and the checkpoint remembers it."""
+    words = ["--backbone", backbone, "--image-size", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu"]
+    words += ["--set", f"train.micro_batch={before}"]
     assert run_cli("pretrain", "rotation", photos, *words, "--out", "r").code == 0
     shutil.rmtree(tmp_path / "r/encoder")
     newest = max((tmp_path / "r/checkpoints").glob("step-*"))
@@ -159,9 +161,29 @@ def test_the_hint_of_a_run_that_ran_out_too_late_can_be_typed(photos, tmp_path, 
     done = run_cli("pretrain", "--resume", "r", "--set", "train.micro_batch=4", "--device", "cpu")
     assert done.code == 0, done.err
     state = json.loads((newest / "state.json").read_text())
+    so_far = "all" if before == "0" else before
+    assert f"resume     {so_far} images of a batch at a time so far, 4 from now on" in done.err
+    assert ("batch normalisation sees these alone" in done.err) == (backbone == "test_resnet")
     assert state["part"] == 4 and "micro_batch = 4" in (tmp_path / "r/recipe.toml").read_text()
-    refused = run_cli("pretrain", "--resume", "r", "--set", "optim.lr=1", "--device", "cpu")
-    assert refused.code == 2 and "`--set`" in refused.err
+    for again in (["--resume", "r"], ["--resume", "auto", "--out", "r"]):
+        refused = run_cli("pretrain", *again, "--set", "optim.lr=1", "--device", "cpu")
+        assert refused.code == 2 and "`--set`" in refused.err
+
+
+def test_the_optimisers_state_must_fit_too(photos, run_cli, monkeypatch):
+    """As much as Adam's two moments take is held while parts are tried; where there is no room for it, nothing fits."""
+    net = Keeps()
+    weights = sum(p.numel() for p in net.parameters())
+    assert sum(t.numel() for t in memory.room(net, "adamw")) == 2 * weights
+    assert sum(t.numel() for t in memory.room(net, "lars")) == weights
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "room", full)
+    words = ["--backbone", "test_vit", "--image-size", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu"]
+    done = run_cli("pretrain", "rotation", photos, *words)
+    assert done.code == 12 and "one image of `32` px does not fit" in done.err
 
 
 class Keeps(Objective):

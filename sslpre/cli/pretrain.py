@@ -110,10 +110,12 @@ def refuse(words: dict[str, Any], keys: dict[str, Any], resume: str | None) -> N
     """Raises SslpreError (exit 2) for a run without a recipe, and for a resumed run that would not be the same run."""
     recipe = words["RECIPE"]
     not_empty({**words, "--init": keys.get("encoder.init"), "--resume": resume}, "sslpre pretrain simclr ./images")
-    if resume is not None and resume != "auto":
+    out = words["--out"]
+    known = resume == "auto" and recipe is None and out is not None and is_run(Path(out))
+    if resume is not None and (resume != "auto" or known):
         flags = ["--" + path.partition(".")[2].replace("_", "-") for path in keys if path not in RESUMABLE]
         settings = [one for one in words["--set"] or () if one.partition("=")[0].strip() not in RESUMABLE]
-        typed = {**words, "--set": settings}
+        typed = {**words, "--set": settings, "--out": None if known else out}
         given = ", ".join(f"`{name}`" for name in [*(name for name, word in typed.items() if word), *flags])
         if given:
             message = f"`--resume {resume}` goes on with a run as it was begun, so {given} cannot be given"

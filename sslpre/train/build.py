@@ -57,6 +57,8 @@ def build(
         for network in objective.modules():
             if isinstance(network, Encoder):
                 network.model.compile()
+    if where.type == "cpu" and table.precision == "bf16":
+        refuse_points(objective, min(views.sides))
     labels = torch.full((len(found.train),), -1)
     if objective.needs_labels:
         labels = torch.from_numpy(found.train.labels).long()
@@ -107,6 +109,19 @@ def refuse(recipe: Recipe, found: Found, views: Views) -> None:
             f"batch size `{batch}` leaves {name} nothing to compare",
             f"--batch-size {max(2, len(found.train) // 8)}",
         )
+
+
+def refuse_points(objective: Objective, side: int) -> None:
+    """Raises SslpreError (exit 2) where an encoder has a strided convolution of a 1 × 1 map at views of `side` px.
+
+    In bf16 on a CPU, torch 2.15 computes its gradient from memory that nobody wrote.
+    """
+    for network in objective.modules():
+        if isinstance(network, Encoder) and network.strides_a_point(side):
+            raise SslpreError(
+                f"`{network.architecture}` at {side} px has strided convolutions of one pixel, wrong in bf16 on a CPU",
+                "--precision fp32, or a larger --image-size",
+            )
 
 
 def stream_of(folder: Path, recipe: Recipe, found: Found, where: torch.device, workers: int | None) -> Stream:

@@ -22,23 +22,29 @@ sslpre pretrain THIS-FILE"""
 # Keys that may differ between the parts of a run: what it bears, how often it saves, how much it holds in memory.
 FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes", "micro_batch")}
 
+OWN_DISK = {"data": ("images",), "encoder": ("init",)}
+
 
 def digest(recipe: Recipe) -> str:
     """A hash of all that a run computes with; not of where the images lie, which their fingerprint tells."""
-    plain = recipe.model_dump()
+    plain = recipe.model_dump(exclude_defaults=True)  # a key that is new, and as it always was, changes no old run
     for table, keys in (FREE | {"data": ("max_bad", "images")}).items():
         for key in keys:
-            plain[table].pop(key)
+            plain.get(table, {}).pop(key, None)
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def keys_of(recipe: Recipe) -> dict[str, str]:
-    """Every key of the recipe and its value as text, for processes to compare."""
+    """Every key of the recipe that a run computes with and its value as text, for processes to compare.
+
+    Not where images and starting weights lie, which may be a disk of each machine's own.
+    """
     tables = recipe.model_dump()
-    views = {"views": str(tables.pop("views"))}
-    return {
-        f"recipe ({table}.{key})": str(item) for table, keys in tables.items() for key, item in keys.items()
-    } | views
+    found = {"recipe (views)": str(tables.pop("views"))}
+    for table, keys in tables.items():
+        free = (*FREE.get(table, ()), *OWN_DISK.get(table, ()))
+        found |= {f"recipe ({table}.{key})": str(item) for key, item in keys.items() if key not in free}
+    return found
 
 
 def facts_of(recipe: Recipe, network: Encoder, step: int, fingerprint: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from sslpre.data.stream import short_side
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, device, distributed, loop, optim, plan, step
+from sslpre.train import checkpoint, device, distributed, loop, memory, optim, plan, step
 from sslpre.train.announce import announce
 from sslpre.train.build import build, load_data
 from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
@@ -77,12 +77,13 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     recipe = distributed.alike(lambda: as_it_was(folder, options))
     begun: starts.Start | None = None
     if recipe.encoder.init and not checkpoint.complete(folder / "checkpoints"):  # else the weights are in a checkpoint
-        # the run's own copy: what `init` names may have been trained on, or have gone
-        begun = distributed.alike(lambda: starts.read(str(folder / "start"), recipe.encoder.backbone))
+        # rather the run's own copy: what `init` names may have been trained on, or have gone
+        source = str(folder / "start") if (folder / "start").is_dir() else recipe.encoder.init
+        begun = distributed.alike(lambda: starts.read(source, recipe.encoder.backbone))
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
     distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
     distributed.from_first(lambda: tidy(run))
-    distributed.alike(lambda: go_on(run))
+    distributed.alike(lambda: go_on(run, said(options).get("train", {}).get("micro_batch") is not None))
     distributed.agree(step=run.step)
     return finish(run, resumed=True)
 
@@ -92,15 +93,21 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
     recipe = recipes.load(str(folder / "recipe.toml"))
     if options.recipe is not None:
         refuse_other(recipe, wish(options, recipe.encoder.init), folder)
-    said = copy.deepcopy(options.overrides)
-    for setting in options.settings:
-        recipes.apply_setting(said, setting)
-    anew = {table: {k: said[table][k] for k in keys if k in said.get(table, {})} for table, keys in FREE.items()}
+    typed = said(options)
+    anew = {table: {k: typed[table][k] for k in keys if k in typed.get(table, {})} for table, keys in FREE.items()}
     if any(anew.values()):
         recipe = recipe.edit(**anew)
         if distributed.first():
             write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     return recipe
+
+
+def said(options: Options) -> dict[str, dict[str, Any]]:
+    """The keys that were typed, by table: flags and `--set` alike."""
+    typed = copy.deepcopy(options.overrides)
+    for setting in options.settings:
+        recipes.apply_setting(typed, setting)
+    return typed
 
 
 def wish(options: Options, begun: str = "") -> Recipe:
@@ -211,8 +218,11 @@ def to_resume(options: Options) -> Path | None:
     return find_run("last")
 
 
-def go_on(run: loop.Run) -> None:
-    """Load the newest complete checkpoint into the run, or leave it at step 0 where there is none."""
+def go_on(run: loop.Run, parts_anew: bool = False) -> None:
+    """Load the newest complete checkpoint into the run, or leave it at step 0 where there is none.
+
+    parts_anew: the run's own size of parts is to be used from now on, not the checkpoint's.
+    """
     saved = checkpoint.newest(run.folder)
     if saved is None:
         say(f"resume     {run.folder}: no complete checkpoint, starting at step 0")
@@ -234,10 +244,14 @@ def go_on(run: loop.Run) -> None:
             say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
     optim.load_state(run.objective, run.optimisers, saved.optim)
-    begun_with, wanted = saved.state["part"], run.part  # the smaller one: what was begun with may have been too much
-    fewer(run, min(begun_with, wanted) if begun_with and wanted else begun_with or wanted)
-    if saved.state["processes"] != ranks.world():
-        say(f"resume     {saved.state['processes']} processes then, {ranks.world()} now: it goes on, not bit for bit")
+    part, processes = saved.state.get("part", 0), saved.state.get("processes", 1)
+    if parts_anew and run.part != part:
+        say(f"resume     {part or 'all'} images of a batch at a time so far, {run.part or 'all'} from now on")
+        if memory.norms(run.objective):
+            say("           batch normalisation sees these alone: the run goes on, not bit for bit")
+    fewer(run, run.part if parts_anew else part)
+    if processes != ranks.world():
+        say(f"resume     {processes} processes so far, {ranks.world()} from now on: the run goes on, not bit for bit")
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
 

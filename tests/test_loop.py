@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -425,3 +426,19 @@ def test_two_processes_end_where_one_does(name, tmp_path, pair):
         for key, expected in one.items():
             assert np.abs(two[key] - expected).max(initial=0) < 1e-9, key
     assert (tmp_path / "two" / "metrics.jsonl").read_text().count("\n") == 1, "one of them writes"
+
+
+def late(name, folder):
+    """Weights of a run whose second process comes late to everything that looks at the disk."""
+    complete = checkpoint.complete
+    checkpoint.complete = lambda path: (time.sleep(0.7 * ranks.rank()), complete(path))[1]
+    try:
+        return trained(name, folder)
+    finally:
+        checkpoint.complete = complete
+
+
+def test_a_process_that_is_late_does_not_part_from_the_others(tmp_path, pair):
+    """What the first has written to the disk meanwhile must not lead the second another way."""
+    one, two = pair.run(late, "rotation", str(tmp_path))
+    assert all(np.array_equal(one[key], two[key]) for key in one)

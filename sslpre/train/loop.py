@@ -57,7 +57,8 @@ def train(run: Run) -> dict[str, float]:
     """
     meter, saved_at = Meter(), time.monotonic()
     an_epoch, minutes = run.stream.steps_per_epoch, run.recipe.train.checkpoint_minutes
-    if run.step == 0 and not checkpoint.complete(run.folder / "checkpoints"):
+    # the first process looks for all: a later one might already see what it has written
+    if run.step == 0 and not distributed.from_first(lambda: bool(checkpoint.complete(run.folder / "checkpoints"))):
         save(run, meter)
     with (
         metrics.metrics_from(run.folder / "metrics.jsonl", run.step) as log,

@@ -76,7 +76,8 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     """An old run as it was begun; only the keys of `FREE` may be said anew."""
     recipe = distributed.alike(lambda: as_it_was(folder, options))
     begun: starts.Start | None = None
-    if recipe.encoder.init and not checkpoint.complete(folder / "checkpoints"):  # else the weights are in a checkpoint
+    fresh = distributed.from_first(lambda: not checkpoint.complete(folder / "checkpoints"))
+    if recipe.encoder.init and fresh:  # else the weights are in a checkpoint
         # rather the run's own copy: what `init` names may have been trained on, or have gone
         source = str(folder / "start") if (folder / "start").is_dir() else recipe.encoder.init
         begun = distributed.alike(lambda: starts.read(source, recipe.encoder.backbone))

@@ -1,6 +1,7 @@
 """Sums, gathers and batch normalisation over several processes, against one process that has the whole batch."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_a_failure_in_the_pair_is_not_the_next_tests(pair):
         pair.run(answer_or_fail, 1)
     assert pair.run(answer_or_fail, 2) == [0, 1]
     assert pair.run(whole_numbers) == [([0, 1, 2, 3, 4, 5], [2, 1])] * 2
+
+
+def die(rank):
+    if rank == ranks.rank():
+        os._exit(3)
+
+
+def test_a_process_of_the_pair_that_dies_is_told_and_replaced(pair):
+    with pytest.raises(AssertionError, match="process 1: it has died"):
+        pair.run(die, 1)
+    assert pair.run(answer_or_fail, 2) == [0, 1]
 
 
 def whole_numbers():

@@ -48,10 +48,7 @@ class Pair:
         where = inspect.getfile(function)
         for connection in self.connections:
             connection.send((where, function.__name__, arguments))
-        answers = [
-            connection.recv() if connection.poll(PATIENCE) else (False, "it does not answer")
-            for connection in self.connections
-        ]
+        answers = [answer(connection) for connection in self.connections]
         wrong = [f"process {rank}: {told}" for rank, (good, told) in enumerate(answers) if not good]
         if wrong:  # a collective may be half done, an answer may still come: the next test gets a pair of its own
             self.close()
@@ -65,6 +62,16 @@ class Pair:
         for process in self.processes:
             process.join(1)
             process.kill()
+
+
+def answer(connection: Connection) -> tuple[bool, Any]:
+    """Whether a process has done what it was asked, and its result, or what went wrong."""
+    if not connection.poll(PATIENCE):
+        return False, "it does not answer"
+    try:
+        return connection.recv()
+    except EOFError:
+        return False, "it has died"
 
 
 def serve(rank: int, world: int, store: str, connection: Connection) -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sslpre.methods import simclr
 from sslpre.methods.simclr import nt_xent
 
 
@@ -73,3 +74,35 @@ def test_zero_embeddings_stay_finite():
     loss = nt_xent(z1, torch.zeros(4, 8, dtype=torch.bfloat16), 0.1)
     loss.backward()
     assert loss.isfinite() and z1.grad is not None and z1.grad.isfinite().all()
+
+
+def with_gradients(z1, z2, temperature):
+    inputs = [z.detach().clone().requires_grad_() for z in (z1, z2)]
+    loss = nt_xent(*inputs, temperature)
+    (3 * loss).backward()  # what comes from above counts
+    return loss.detach(), *(z.grad for z in inputs)
+
+
+@pytest.mark.parametrize("largest", [2, 3, 7, 11, 16])  # blocks of one row, of several, the last one shorter
+def test_some_rows_at_a_time_give_the_same_loss_and_gradient(monkeypatch, largest):
+    z1, z2 = torch.randn(2, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    whole = with_gradients(z1, z2, 0.2)
+    monkeypatch.setattr(simclr, "LARGEST", largest)
+    calls = []
+    monkeypatch.setattr(
+        simclr.ByRows, "apply", lambda *inputs, apply=simclr.ByRows.apply: calls.append(1) or apply(*inputs)
+    )
+    for ours, theirs in zip(with_gradients(z1, z2, 0.2), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    assert calls
+    with torch.no_grad():
+        assert nt_xent(z1, z2, 0.2).item() == pytest.approx(whole[0].item(), abs=1e-14)
+
+
+def test_rows_keep_no_matrix(monkeypatch):
+    monkeypatch.setattr(simclr, "LARGEST", 32)
+    z1, z2 = torch.randn(2, 128, 4, requires_grad=True, generator=torch.Generator().manual_seed(5)).unbind()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        nt_xent(z1, z2, 0.2).backward()
+    assert max(kept) <= 256 * 4  # nothing larger than z itself, where the matrix has 256 × 256

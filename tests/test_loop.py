@@ -25,7 +25,7 @@ from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Epoch, Loss, Objective, Setup
 from sslpre.ops import ranks
 from sslpre.recipe import OptimTable
-from sslpre.train import checkpoint, loop, optim
+from sslpre.train import checkpoint, finite, loop, optim
 from sslpre.train import run as runs
 from sslpre.train.build import build
 from sslpre.train.step import micro_batches
@@ -322,6 +322,21 @@ def test_a_step_that_is_not_finite_is_not_taken(breaks, tmp_path):
     assert run.objective.calls == [((i + 1) / 8, True) for i in range(4)]
     assert_close(run.objective.before, dict(run.objective.encoder.named_parameters()))
     assert torch.equal(checkpoint.newest(run.folder).model["average"], run.objective.average)
+
+
+@pytest.mark.parametrize(("every", "ends"), [(1, 5), (1000, 6)])
+def test_a_device_that_is_not_waited_for_still_stops_the_run_before_it_writes(every, ends, tmp_path, monkeypatch):
+    """As on a GPU: step 5 is taken, and its answer read when step 6 is under way, or when anything is to be written."""
+    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", every)
+    monkeypatch.setattr(finite, "BEHIND", {"cpu": 1})
+    asked = []
+    monkeypatch.setattr(finite, "ask", lambda run, *rest, ask=finite.ask: asked.append(run.step + 1) or ask(run, *rest))
+    run = start("average", tmp_path, method={"breaks": "loss"})
+    with pytest.raises(SslpreError, match="loss not finite at step 5") as refused:
+        loop.train(run)
+    assert refused.value.code == 10 and asked == [*range(1, ends + 1)]
+    assert checkpoint.newest(run.folder).state["step"] == 4
+    assert [line["step"] for line in metrics(run)] == ([1, 2, 3, 4] if every == 1 else [])
 
 
 @pytest.mark.parametrize("name", ["rotation", "game"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, distributed, metrics, optim
+from sslpre.train import checkpoint, distributed, finite, metrics, optim
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
 from sslpre.train.step import reseed, take_step
@@ -42,6 +43,7 @@ class Run:
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
     summed: int = 0
+    asked: deque[tuple[int, Callable[[], Tensor]]] = field(default_factory=deque)  # steps that may not be finite
 
     @property
     def steps(self) -> int:
@@ -79,6 +81,8 @@ def train(run: Run) -> dict[str, float]:
             log_now, save_now, stop_now, bad = map(bool, distributed.summed([float(wish) for wish in wishes]))
             if bad:
                 tell_bad(run)
+            if log_now or save_now or stop_now:
+                finite.refuse(run, written=True)
             if log_now:
                 metrics.write_metrics(run, log, display, meter, epoch)
             if save_now or stop_now:

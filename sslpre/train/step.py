@@ -15,7 +15,7 @@ from sslpre.data.stream import Pixels
 from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Loss
 from sslpre.ops import ranks
-from sslpre.train import distributed, memory, optim
+from sslpre.train import distributed, finite, memory, optim
 
 if TYPE_CHECKING:
     from sslpre.train.loop import Run
@@ -89,7 +89,8 @@ def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str,
                 sums[name] = sums[name] + term if name in sums else term
         own = [p for group in optimiser.param_groups for p in group["params"]]
         distributed.average_gradients(own)
-        refuse_nonfinite(run, sums, own)
+        finite.ask(run, sums, own)
+        finite.refuse(run)
         moved.append(player)
         optimiser.step()
     for game in games:
@@ -120,23 +121,6 @@ def micro_batches(run: Run, pixels: Pixels, epoch: int, progress: float) -> Iter
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it: a copy from memory that is not pinned would."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def refuse_nonfinite(run: Run, sums: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> None:
-    """Stop before the player's step; nothing of it reaches the disk. The one place where the host waits."""
-    loss = distributed.mean(torch.stack(list(sums.values())).sum())  # each logged term too, of every process
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=loss.device)
-    if bool(torch.isfinite(loss + norm)):
-        return
-    what = "gradient" if bool(torch.isfinite(loss)) else "loss"
-    raise distributed.everywhere(
-        SslpreError(
-            f"{what} not finite at step {run.step + 1}; nothing of this step was kept",
-            "lower --lr, or use --precision fp32",
-            10,
-        )
-    )
 
 
 def fit(run: Run) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sslpre.views.draw import chosen, normal, uniform
+from sslpre.views.draw import Drawn, chosen, normal, uniform
 
 MANY = torch.arange(200_000)
 WORD = 2**64
@@ -80,6 +80,29 @@ def test_shorter_draw_begins_longer() -> None:
     long = uniform(0, 0, MANY[:50], "x", 4)
     assert torch.equal(uniform(0, 0, MANY[:50], "x"), long[:, 0])
     assert torch.equal(uniform(0, 0, MANY[:50], "x", 2), long[:, :2])
+
+
+@given(
+    seed=st.integers(),
+    epoch=st.integers(0, 10**6),
+    index=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5),
+    shapes=st.dictionaries(st.text(max_size=8), st.lists(st.integers(0, 5), max_size=2).map(tuple), min_size=1),
+)
+@settings(deadline=None, max_examples=30)
+def test_drawn_together_is_drawn_apart(
+    seed: int, epoch: int, index: list[int], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    rows = torch.tensor(index, dtype=torch.int64)
+    together = Drawn(seed, epoch, rows, shapes)
+    for name, shape in shapes.items():
+        assert torch.equal(together(name, *shape), uniform(seed, epoch, rows, name, *shape))
+
+
+def test_only_what_was_declared_is_drawn() -> None:
+    together = Drawn(0, 0, MANY[:3], {"x": (2,)})
+    for wrong in (("y", 2), ("x", 3), ("x",)):
+        with pytest.raises(KeyError):
+            together(*wrong)
 
 
 @pytest.mark.parametrize("start", [0, 10**9, -100_000, 2**62])

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 from sslpre.errors import SslpreError
 from sslpre.recipe import View
 from sslpre.views import crop
-from sslpre.views.build import Views, _in_one_copy, centre
+from sslpre.views.build import Views, _in_one_copy, centre, compiler, repays
 from sslpre.views.draw import chosen, uniform
 
 STRENGTH = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
@@ -52,7 +54,7 @@ def run(views: Views, rows: Tensor, pixels: Tensor, size: Tensor, epoch: int = 0
     return views(pixels[rows], size[rows], rows, epoch)
 
 
-@pytest.mark.parametrize(("canvas", "side"), [(32, 32), (64, 48), (110, 96)])
+@pytest.mark.parametrize(("canvas", "side"), [(32, 32), (64, 48), (110, 96), (35, 33), (140, 123)])
 def test_views_do_not_depend_on_the_batch(canvas: int, side: int) -> None:
     views = Views([View(**SIMCLR, kornia=(SOLARIZE, {"name": "RandomGaussianNoise", "std": 0.1}))], side, seed=3)
     pixels, size = photos(8, canvas), torch.randint(20, 300, (8, 2), generator=torch.Generator().manual_seed(0))
@@ -87,12 +89,25 @@ def test_views_differ_by_copy_table_epoch_and_seed() -> None:
 
 def test_sides_order_and_range() -> None:
     tables = [View(copies=2, crop_scale=(0.3, 1)), View(copies=3, size=24, crop_scale=(0.05, 0.3)), View(**SIMCLR)]
+    tables += [View(**SIMCLR, size=128)]
     views = Views(tables, 40, seed=0)
-    assert views.sides == (40, 40, 24, 24, 24, 40, 40)
+    assert views.sides == (40, 40, 24, 24, 24, 40, 40, 128, 128)
     made = run(views, torch.arange(5), photos(5, 64), sizes(5, 50, 90))
     for side, view in zip(views.sides, made, strict=True):
         assert view.shape == (5, 3, side, side) and view.dtype == torch.float32 and not view.requires_grad
         assert view.isfinite().all() and view.min() >= 0 and view.max() <= 1
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_no_rounding_leaves_the_range(side: int) -> None:
+    """Hue and blur of the brightest and the darkest colours come out a last bit above 1 or below 0."""
+    corners = torch.tensor(list(itertools.product((0, 255), repeat=3)), dtype=torch.uint8)
+    pixels = corners[:, :, None, None].repeat(1, 1, side, side)
+    pixels[:4, 1] = photos(4, side)[:, 0]
+    view = View(jitter=1.0, hue=0.5, blur=float(side > 32), blur_sigma=(1.0, 2.0))
+    for epoch in range(4):
+        made = Views([view], side, 0)(pixels, sizes(8, side, side), torch.arange(8), epoch)[0]
+        assert made.min() >= 0 and made.max() <= 1
 
 
 def test_callers_autocast_does_not_reach_the_views() -> None:
@@ -231,6 +246,118 @@ def test_unusable_kornia_entries(entry: dict[str, Any], message: str, hint: str)
     assert caught.value.code == 2
     assert message in caught.value.message and "\n" not in caught.value.message
     assert hint in caught.value.hint
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """dynamo counts the graphs of a function, not those of one `Views`."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(views: Views, backend: str = "eager") -> Views:
+    views.compile(backend)
+    return views
+
+
+def test_compiled_views_are_the_same_from_one_graph_a_side(fresh: None) -> None:
+    """Sides 96, 64 and 32; none for what has no colour, nor for what is too large to gain on a CPU."""
+    colourful = SIMCLR | {"copies": 1}
+    tables = [View(**SIMCLR, kornia=(SOLARIZE,)), View(), View(**colourful, size=144)]
+    tables += [View(**colourful, size=64), View(**colourful, size=32)]
+    ours, plain = compiled(Views(tables, 96, 3)), Views(tables, 96, 3)
+    assert ours.fused(torch.device("cpu")) == 2 * 96**2 + 64**2 + 32**2
+    assert ours.fused(torch.device("cuda")) == 2 * 96**2 + 64**2 + 32**2 + 144**2
+    pixels, size = photos(6, 100), torch.randint(20, 300, (6, 2), generator=torch.Generator().manual_seed(0))
+    assert ours.graphs == 0
+    for epoch, rows in itertools.product(range(2), (torch.arange(4), torch.arange(2, 6))):
+        for one, two in zip(run(ours, rows, pixels, size, epoch), run(plain, rows, pixels, size, epoch), strict=True):
+            assert one.dtype == torch.float32 and one.min() >= 0 and one.max() <= 1
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    assert ours.graphs == 3
+    # another place in the batch, and a batch of another size: no graph more
+    whole = run(ours, torch.arange(4), pixels, size)
+    back = run(ours, torch.arange(4).flip(0), pixels, size)
+    few = run(ours, torch.arange(3), pixels, size)
+    for first, turned, part in zip(whole, back, few, strict=True):
+        torch.testing.assert_close(first, turned.flip(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(first[:3], part, atol=1e-5, rtol=0)
+    assert ours.graphs == 3 and plain.graphs == 0
+
+
+def test_callers_modes_do_not_reach_the_graph(fresh: None) -> None:
+    views, rows = compiled(Views([View(**SIMCLR)], 32, 0)), torch.arange(4)
+    pixels, size = photos(4, 32), sizes(4, 32, 32)
+    plain = run(views, rows, pixels, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(views, rows, pixels, size)
+    with torch.no_grad():
+        without = run(views, rows, pixels, size)
+    for one, two, three in zip(plain, cast, without, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    assert views.graphs == 1
+    for one, two in zip(plain, run(Views([View(**SIMCLR)], 32, 0), rows, pixels, size), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_a_compiler_that_fails_is_said_once(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such header\nand much more")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
+    views, rows = compiled(Views([View(**SIMCLR), View(**SIMCLR, size=24)], 32, 0)), torch.arange(4)
+    pixels, size = photos(4, 32), sizes(4, 32, 32)
+    expected = run(Views([View(**SIMCLR), View(**SIMCLR, size=24)], 32, 0), rows, pixels, size)
+    for _ in range(2):
+        assert all(map(torch.equal, run(views, rows, pixels, size), expected))
+    said = capsys.readouterr().err
+    assert said.count("views are made without a compiler") == 1 and "no such header" in said
+    assert "much more" not in said
+
+
+@pytest.mark.slow
+def test_inductor_makes_the_same_views(fresh: None) -> None:
+    if compiler(torch.device("cpu")) is None:
+        pytest.skip("needs a C++ compiler and Python's header files")
+    for canvas, side in ((32, 32), (64, 64), (100, 96)):
+        views, plain = compiled(Views([View(**SIMCLR)], side, 3), "inductor"), Views([View(**SIMCLR)], side, 3)
+        pixels, size, rows = photos(8, canvas), sizes(8, 200, 100), torch.arange(8)
+        for epoch in range(2):
+            for one, two in zip(
+                run(views, rows, pixels, size, epoch), run(plain, rows, pixels, size, epoch), strict=True
+            ):
+                torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+        assert views.graphs == 1
+
+
+def test_what_would_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    program = tmp_path / "my-c++"
+    program.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert compiler(cpu) == (str(program) if header.is_file() else None)
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    assert compiler(cpu) is None
+    monkeypatch.setenv("CXX", str(program))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert compiler(cpu) is None
+    (tmp_path / "Python.h").touch()
+    assert compiler(cpu) == str(program)
+    assert compiler(torch.device("mps")) is None
+
+
+def test_a_short_run_is_not_worth_compiling_for() -> None:
+    cpu, sample_set = torch.device("cpu"), 2000 * 2 * 32**2
+    assert not repays(cpu, 10 * sample_set) and repays(cpu, 1000 * sample_set)
+    assert not repays(cpu, 0) and not repays(torch.device("mps"), 1e15)
+    assert not repays(torch.device("cuda"), 1e9) and repays(torch.device("cuda"), 1e12)
 
 
 # --- the way to the device -------------------------------------------------------------------------------------------

@@ -4,22 +4,41 @@ Everything random is drawn first, on the CPU, from (seed, epoch, index, view) al
 view does not depend on the batch that its image is in, and nothing ever waits for the device.
 """
 
-import difflib
-import inspect
-from collections.abc import Mapping, Sequence
+import importlib.util
+import math
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sslpre.errors import SslpreError
-from sslpre.views import blur, colour, crop
-from sslpre.views.draw import Draw, chosen, uniform
+from sslpre.views import blur, colour, crop, fused
+from sslpre.views.draw import Draw, Drawn, chosen, uniform
+from sslpre.views.extra import Extra
+from sslpre.views.fused import Compiled
 
 if TYPE_CHECKING:
     from sslpre.recipe import View
+
+
+# What one view draws for each image, and how many numbers.
+_DRAWS = {"box": (crop.NUMBERS,), "factors": (4,)} | dict.fromkeys(
+    ("flip", "jitter", "order", "gray", "blur", "sigma"), ()
+)
+# On a CPU images of this side and larger are made one by one. μs per view on one core (Zen 5), all together : one by
+# one: 64 px 134 : 185 · 96 px 205 : 211 · 112 px 276 : 243 · 128 px 351 : 291; with half of them blurred 96 px
+# 256 : 331, 128 px 498 : 521, 160 px 795 : 688. All together and compiled 128 px takes 253.
+_ALONE = 120
+# Seconds that compiling takes and nanoseconds that it saves a pixel. CPU: 6 to 11 s; colour takes 11.5 μs a view at
+# 32 px and 103 at 96 px, compiled 8.0 and 70 (one core, Zen 5). CUDA: not measured yet; reckoned from 150 launches of
+# 5 μs for a batch of 512 views at 32 px.
+_COMPILING = {"cpu": (10.0, 3.0), "cuda": (40.0, 0.5)}
 
 
 class Views:
@@ -34,9 +53,27 @@ class Views:
         self._tables = [table for table in tables for _ in range(table.copies)]
         self.sides = tuple(table.size or image_size for table in self._tables)
         self._extras = [
-            [_Extra(entry, side) for entry in table.kornia]
-            for table, side in zip(self._tables, self.sides, strict=True)
+            [Extra(entry, side) for entry in table.kornia] for table, side in zip(self._tables, self.sides, strict=True)
         ]
+        self._compiled: Compiled | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled so far."""
+        return 0 if self._compiled is None else self._compiled.graphs
+
+    def fused(self, device: torch.device) -> int:
+        """How many pixels of one image's views `compile` would speed up on `device`; 0: it changes nothing there."""
+        pairs = zip(self.sides, self._tables, strict=True)
+        return sum(side * side for side, table in pairs if _has_colour(table) and not _alone(side, device))
+
+    def compile(self, backend: str = "inductor") -> None:
+        """From now on make colours with torch.compile, which takes seconds at the first batch of each side.
+
+        For batches of the size that comes first; any other, and large views on a CPU, which gain nothing, are made as
+        before, and equal to rounding. If compiling fails that is said on stderr, once, and nothing else changes.
+        """
+        self._compiled = Compiled(backend)
 
     def __call__(self, pixels: Tensor, size: Tensor, index: Tensor, epoch: int) -> list[Tensor]:
         """Views of one batch: one float32 [B, 3, s, s] in [0, 1] per side, on the device of `pixels`.
@@ -44,14 +81,20 @@ class Views:
         `pixels` is uint8 [B, 3, S, S], images squashed to a square; `size` int64 [B, 2], the height and width each
         had before; `index` int64 [B], each image's position in the data set; the last two on the CPU.
         """
-        plans = [self._plan(view, pixels.shape[-1], size, index, epoch) for view in range(len(self.sides))]
+        shapes = {f"view{view}.{what}": shape for view in range(len(self.sides)) for what, shape in _DRAWS.items()}
+        draw = Drawn(self.seed, epoch, index, shapes)
+        plans = [self._plan(view, pixels.shape[-1], size, draw) for view in range(len(self.sides))]
+        if self._compiled is not None and self._compiled.takes(len(pixels)):
+            for plan, side, table in zip(plans, self.sides, self._tables, strict=True):
+                if _has_colour(table) and not _alone(side, pixels.device):
+                    plan.numbers = fused.table(plan.jitter, plan.gray)
         _send(plans, pixels.device)
         # the products must not fall into the caller's bf16
-        with torch.autocast(pixels.device.type, enabled=False):
+        with torch.autocast(pixels.device.type, enabled=False), torch.no_grad():
             return [self._make(view, plan, pixels, index, epoch) for view, plan in enumerate(plans)]
 
-    def _plan(self, view: int, canvas: int, size: Tensor, index: Tensor, epoch: int) -> "_Plan":
-        table, name, draw = self._tables[view], f"view{view}", partial(uniform, self.seed, epoch, index)
+    def _plan(self, view: int, canvas: int, size: Tensor, draw: Draw) -> "_Plan":
+        table, name = self._tables[view], f"view{view}"
         boxes = crop.draw_boxes(draw(f"{name}.box", crop.NUMBERS), size, table.crop_scale, table.crop_ratio)
         blurred = chosen(draw(f"{name}.blur"), table.blur)
         low, high = table.blur_sigma
@@ -68,13 +111,80 @@ class Views:
 
     def _make(self, view: int, plan: "_Plan", pixels: Tensor, index: Tensor, epoch: int) -> Tensor:
         table, side = self._tables[view], self.sides[view]
-        images = crop.resample(pixels, plan.boxes, plan.flip, side, plan.placed)
-        colour.jitter(images, plan.jitter)
-        colour.gray(images, plan.gray)
-        blur.blur(images, plan.blurred, plan.sigma, blur.kernel_side(side, table.blur_kernel))
+        kernel = blur.kernel_side(side, table.blur_kernel)
+        if _alone(side, pixels.device):
+            images = _one_by_one(plan, pixels, side, kernel)
+        else:
+            raw = crop.raw(pixels, plan.boxes, plan.flip, side, plan.placed)
+            images = self._coloured(raw, plan, table)
+            blur.blur(images, plan.blurred, plan.sigma, kernel)
+            images.clamp_(0.0, 1.0)
         for place, extra in enumerate(self._extras[view]):
             extra(images, partial(uniform, self.seed, epoch, index), f"view{view}.kornia{place}")
-        return images.clamp_(0.0, 1.0)
+        return images.clamp_(0.0, 1.0) if self._extras[view] else images
+
+    def _coloured(self, raw: Tensor, plan: "_Plan", table: "View") -> Tensor:
+        if self._compiled is not None and plan.numbers is not None:
+            jitter = table.jitter > 0
+            images = self._compiled(raw, plan.numbers, jitter and table.contrast > 0, jitter and table.hue > 0)
+            if images is not None:
+                return images
+        images = crop.scaled(raw)
+        colour.jitter(images, plan.jitter)
+        colour.gray(images, plan.gray)
+        return images
+
+
+def _alone(side: int, device: torch.device) -> bool:
+    return device.type == "cpu" and side >= _ALONE
+
+
+def _has_colour(table: "View") -> bool:
+    return table.gray > 0 or (
+        table.jitter > 0 and max(table.brightness, table.contrast, table.saturation, table.hue) > 0
+    )
+
+
+def _one_by_one(plan: "_Plan", pixels: Tensor, side: int, kernel: int) -> Tensor:
+    """Large views on a CPU, in [0, 1]: each image goes all the way from crop to blur while it is in the cache."""
+    images = torch.empty(len(pixels), pixels.shape[1], side, side)
+    boxes, flip = plan.boxes.tolist(), plan.flip.tolist()
+    steps, factors, gray = plan.jitter.steps.tolist(), plan.jitter.factors.tolist(), set(plan.gray.tolist())
+    kernels = dict(zip(plan.blurred.tolist(), blur.kernels(plan.sigma, kernel), strict=True))
+    for row, (image, pixel) in enumerate(zip(images, pixels.split(1), strict=True)):
+        image.copy_(crop.sliced(pixel, boxes[row], flip[row], side)[0]).mul_(1 / 255)
+        colour.jitter_one(image, steps[row], factors[row])
+        if row in gray:
+            image.copy_(colour.luma(image))
+        if row in kernels:
+            blur.blur_one(image, kernels[row])
+        image.clamp_(0.0, 1.0)
+    return images
+
+
+def compiler(device: torch.device) -> str | None:
+    """What `Views.compile` would compile with on `device`: None where nothing can, else "triton" or the name of g++.
+
+    Both make modules for Python and need its header files; triton builds its launchers with a C compiler.
+    """
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return None
+    if device.type == "cpu":
+        name = os.environ.get("CXX", "g++")
+        return name if shutil.which(name) else None
+    if (
+        device.type == "cuda"
+        and importlib.util.find_spec("triton")
+        and torch.cuda.get_device_capability(device) >= (7,)
+    ):
+        return "triton" if any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))) else None
+    return None
+
+
+def repays(device: torch.device, pixels: float) -> bool:
+    """Does compiling take less time than it saves on so many pixels of views (`Views.fused`, for each image made)?"""
+    seconds, nanoseconds = _COMPILING.get(device.type, (math.inf, 0.0))
+    return pixels * nanoseconds * 1e-9 > seconds
 
 
 def centre(pixels: Tensor, size: Tensor, side: int) -> Tensor:
@@ -89,7 +199,7 @@ def centre(pixels: Tensor, size: Tensor, side: int) -> Tensor:
 
 @dataclass
 class _Plan:
-    """Everything random about one view of a batch. `boxes`, `flip` and `sigma` stay on the CPU, the rest is sent."""
+    """Everything random about one view of a batch. `boxes`, `flip` and what `_send` does not name stay on the CPU."""
 
     boxes: Tensor
     flip: Tensor
@@ -98,18 +208,23 @@ class _Plan:
     gray: Tensor
     blurred: Tensor
     sigma: Tensor
+    numbers: Tensor | None = None  # for the compiled colours
 
 
 def _send(plans: list[_Plan], device: torch.device) -> None:
     """Move what the device needs of all plans there, so that nothing waits for it later."""
     if device.type == "cpu":
         return
-    rows = [tensor for plan in plans for tensor in (plan.jitter.rows, plan.gray, plan.blurred)]
-    numbers = [tensor for plan in plans for tensor in (plan.jitter.factors, plan.placed)]
-    sent = _in_one_copy(rows + numbers, device)
-    for place, plan in enumerate(plans):
-        plan.jitter.rows, plan.gray, plan.blurred = sent[3 * place : 3 * place + 3]
-        plan.jitter.factors, plan.placed = sent[len(rows) + 2 * place : len(rows) + 2 * place + 2]
+    here = [tensor for plan in plans for tensor in (plan.jitter.rows, plan.gray, plan.blurred)]  # the wider ones
+    here += [tensor for plan in plans for tensor in (plan.jitter.values, plan.placed, plan.sigma)]
+    here += [plan.numbers for plan in plans if plan.numbers is not None]
+    there = iter(_in_one_copy(here, device))
+    for plan in plans:
+        plan.jitter.rows, plan.gray, plan.blurred = next(there), next(there), next(there)
+    for plan in plans:
+        plan.jitter.values, plan.placed, plan.sigma = next(there), next(there), next(there)
+    for plan in plans:
+        plan.numbers = None if plan.numbers is None else next(there)
 
 
 def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -120,103 +235,3 @@ def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     flat = flat.to(device, non_blocking=device.type == "cuda")
     pieces = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors])
     return [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
-class _Extra:
-    """One kornia augmentation of a `[[views]]` table, applied to one image at a time with numbers of that image's own.
-
-    kornia draws from torch's global generators, so each image seeds them, and they are put back afterwards. Whether
-    an image is drawn at all (the entry's `p`) is decided here: kornia would compute everything and mix.
-    """
-
-    def __init__(self, entry: Mapping[str, Any], side: int):
-        arguments = {key: _as_tuple(value) for key, value in entry.items() if key != "name"}
-        kind = _kornia_class(entry.get("name"))
-        known = inspect.signature(kind.__init__).parameters
-        for key in arguments:
-            if key not in known:
-                near = _nearest(key, [key for key in known if key != "self"])
-                raise SslpreError(f"`{kind.__name__}` has no argument `{key}`", near)
-        if "p" in known:
-            self._probability = arguments.get("p", known["p"].default)
-            arguments["p"] = 1.0
-        else:
-            self._probability = 1.0
-        if not isinstance(self._probability, int | float) or not 0 <= self._probability <= 1:
-            raise SslpreError(f"`{kind.__name__}` cannot have p = `{self._probability}`", "p is a probability, 0 to 1")
-        with torch.random.fork_rng(devices=[]):
-            self._augment = _tried(kind, arguments, side)
-
-    def __call__(self, images: Tensor, draw: Draw, name: str) -> None:
-        """Augment float images [B, 3, s, s] in place; `draw` and `name` as of the other operations."""
-        drawn = chosen(draw(name), float(self._probability)).tolist()
-        # two numbers of 24 bits make one seed
-        high, low = (draw(f"{name}.seed", 2).double() * 2**24).long().unbind(1)
-        seeds = (high * 2**24 + low).tolist()
-        device = images.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for row in drawn:
-                _seed(seeds[row], device)
-                images[row : row + 1] = self._augment(images[row : row + 1].clone())
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-def _kornia_class(name: Any) -> type[nn.Module]:
-    """The augmentation of that name; only those that take one image and leave it an image."""
-    import kornia.augmentation as shelf  # seconds to import, and most recipes name nothing from it
-
-    # the last three leave [0, 1], which only the encoder may do, or fetch a diffusion model
-    without = {"Normalize", "Denormalize", "RandomDissolving"}
-    usable = [
-        key
-        for key, kind in vars(shelf).items()
-        if inspect.isclass(kind) and issubclass(kind, shelf.AugmentationBase2D) and not key.endswith("Base2D")
-    ]
-    if name in usable and name not in without:
-        return getattr(shelf, name)
-    if name is None:
-        raise SslpreError("a `kornia` entry of `[[views]]` names no class", 'write {name = "RandomSolarize", p = 0.2}')
-    if isinstance(name, str) and hasattr(shelf, name):
-        hint = "only 2-D augmentations that change one image at a time and keep it in [0, 1] can be used"
-        raise SslpreError(f"kornia's `{name}` cannot make a view", hint)
-    raise SslpreError(f"kornia has no augmentation `{name}`", _nearest(str(name), sorted(set(usable) - without)))
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1, 0.0)
-    return f"did you mean `{near[0]}`?" if near else ""
-
-
-def _as_tuple(value: Any) -> Any:
-    """TOML has lists where kornia asks for tuples."""
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
-
-
-def _tried(kind: type[nn.Module], arguments: dict[str, Any], side: int) -> nn.Module:
-    """Build the augmentation and try it on a black, a white and a noisy image: mistakes show before training."""
-    noise = uniform(0, 0, torch.arange(1), "noise", 3, side, side)
-    try:
-        augment = kind(**arguments)
-        results = [augment(image) for image in (torch.zeros_like(noise), torch.ones_like(noise), noise)]
-    except Exception as problem:  # kornia raises whatever it likes; all of it is the entry's fault
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise SslpreError(
-            f"kornia's `{kind.__name__}` refuses its arguments: {reason}", "see kornia's manual"
-        ) from problem
-    for result in results:
-        if result.shape != noise.shape:
-            got = "×".join(str(length) for length in result.shape[2:])
-            raise SslpreError(
-                f"`{kind.__name__}` makes {got} of a {side}×{side} view", "set `size` of the table instead"
-            )
-        if not result.isfinite().all():
-            raise SslpreError(f"`{kind.__name__}` makes non-finite pixels", "change its arguments")
-    return augment

@@ -1,14 +1,11 @@
 """Colour jitter and grey, with torchvision's meaning: per image its own factors, its own order, and whether at all."""
 
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from kornia.color import rgb_to_grayscale
-from kornia.enhance import adjust_brightness_accumulative, adjust_hue, adjust_saturation_with_gray_subtraction
 from torch import Tensor
 
 from sslpre.views.draw import Draw, chosen
@@ -17,48 +14,93 @@ if TYPE_CHECKING:
     from sslpre.recipe import View
 
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
-# On a CPU so many pixels at a time: enough to pay for the calls, few enough that the temporaries of hue stay small.
-_PIXELS_AT_ONCE = 2**18
+# On a CPU so many pixels at a time: enough to pay for the calls, few enough that the temporaries stay in the cache.
+_PIXELS_AT_ONCE = 2**16
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's, which sum to 0.9999
+_TINY = 1e-30  # keeps 0 / 0 away: where a pixel has no chroma, its hue is of no account
+
+# One image [3, H, W] with a number, or images [B, 3, H, W] with [B, 1, 1, 1]. Only operations that round once are used
+# on tensors of several images, so that a result does not depend on where in the batch an image stands.
+Factor = float | Tensor
 
 
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """torchvision's `adjust_brightness`, one factor per image: float [B, 3, H, W] in [0, 1], factor [B] ≥ 0."""
-    return adjust_brightness_accumulative(images, factor)
+def _limit(images: Tensor, factor: Factor) -> None:
+    """Back into [0, 1]. A factor of at most 1 mixes towards something inside, and cannot leave it."""
+    if isinstance(factor, Tensor) or factor > 1:
+        images.clamp_(0.0, 1.0)
 
 
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """torchvision's `adjust_contrast`, one factor per image: float [B, 3, H, W] in [0, 1], factor [B] ≥ 0.
+def luma(images: Tensor) -> Tensor:
+    """torchvision's grey of float [..., 3, H, W]: [..., H, W]."""
+    red, green, blue = images.unbind(-3)
+    grey = red * LUMA[0]
+    return grey.add_(green * LUMA[1]).add_(blue * LUMA[2])
 
-    kornia's `adjust_contrast_with_mean_subtraction`, but for how the mean is summed. There it is one reduction, which
-    torch splits over threads when the batch is a single large image, and the last bit would depend on the batch. By
-    rows and then over rows, no reduction is ever split.
+
+def brightness(images: Tensor, factor: Factor) -> None:
+    """torchvision's `adjust_brightness`, in place: float in [0, 1], factor ≥ 0."""
+    images.mul_(factor)
+    _limit(images, factor)
+
+
+def contrast(images: Tensor, factor: Factor) -> None:
+    """torchvision's `adjust_contrast`, in place: float in [0, 1], factor ≥ 0.
+
+    The mean of grey is the grey of the means. It is summed by rows and then over rows, so that torch never splits a sum
+    over threads: it would for a single large image, and the last bit would depend on the batch.
     """
-    factor = factor.view(-1, 1, 1, 1)
-    mean = rgb_to_grayscale(images).mean(-1, keepdim=True).mean(-2, keepdim=True)
-    return (images * factor + mean * (1 - factor)).clamp(0.0, 1.0)
+    means = images.mean(-1, keepdim=True).mean(-2, keepdim=True)
+    mean = luma(means).unsqueeze(-3)
+    images.mul_(factor).add_(mean.mul_(1 - factor))
+    _limit(images, factor)
 
 
-def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """torchvision's `adjust_saturation`, one factor per image: float [B, 3, H, W] in [0, 1], factor [B] ≥ 0."""
-    return adjust_saturation_with_gray_subtraction(images, factor)
+def saturation(images: Tensor, factor: Factor) -> None:
+    """torchvision's `adjust_saturation`, in place: float in [0, 1], factor ≥ 0."""
+    grey = luma(images).unsqueeze(-3)
+    images.mul_(factor).add_(grey.mul_(1 - factor))
+    _limit(images, factor)
 
 
-def hue(images: Tensor, factor: Tensor) -> Tensor:
-    """torchvision's `adjust_hue`, one factor per image: float [B, 3, H, W] in [0, 1], factor [B] in ±0.5 turns."""
-    return adjust_hue(images, factor * (2 * math.pi))
+def hue(images: Tensor, factor: Factor) -> None:
+    """torchvision's `adjust_hue`, in place: float in [0, 1], factor in ±0.5 turns.
+
+    Without a comparison, a branch or fmod, all of them slow. With low ≤ r, g, b ≤ high and chroma = high - low, the
+    distance from red on the circle of hues is 1 + (g + b - r - low) / chroma sixths of a turn, on the side of green
+    where g > b; and a channel is low + chroma · clamp(2 - its distance from the hue in sixths).
+    """
+    factor = factor.squeeze(-3) if isinstance(factor, Tensor) else factor
+    red, green, blue = images.unbind(-3)
+    low, high = torch.minimum(red, green), torch.maximum(red, green)
+    torch.minimum(low, blue, out=low)
+    chroma = torch.maximum(high, blue, out=high).sub_(low)
+    turn = (green - red).add_(blue - low).div_(chroma.clamp(min=_TINY)).add_(1.0)
+    turn = turn.copysign_(green - blue).mul_(1 / 6).add_(factor)
+    turn.sub_(turn.floor())
+    # red is opposite 1/2; a clamped distance of 1/6 … 1/3 of a turn becomes 0 … 1 with slope 6
+    below, above = low - chroma, chroma.add(chroma).add_(low)
+    chroma.mul_(6.0)
+    torch.sub(turn, 1 / 2, out=red).abs_().clamp_(1 / 6, 1 / 3).mul_(chroma).add_(below)
+    torch.sub(turn, 2 / 3, out=blue).abs_().clamp_(1 / 6, 1 / 3).mul_(chroma)
+    torch.sub(above, blue, out=blue)
+    turn.sub_(1 / 3).abs_().clamp_(1 / 6, 1 / 3).mul_(chroma)
+    torch.sub(above, turn, out=green)
 
 
 # in the order of torchvision's ColorJitter, whose neutral elements are 1, 1, 1 and 0
-OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (brightness, contrast, saturation, hue)
+OPERATIONS: tuple[Callable[[Tensor, Factor], None], ...] = (brightness, contrast, saturation, hue)
+NOTHING = len(OPERATIONS)
 
 
 @dataclass
 class Jitter:
-    """What colour jitter does to a batch: groups of images that get one operation at one step, in this order."""
+    """What colour jitter does to a batch, image by image and as groups that get one operation at one step."""
 
-    groups: list[tuple[int, int]]  # operation (its place in OPERATIONS) and number of images
+    steps: Tensor  # int64 [B, 4], on the CPU: which of OPERATIONS comes at each step, NOTHING where none does
+    factors: Tensor  # float32 [B, 4], on the CPU: the factor of each of OPERATIONS
+    groups: list[tuple[int, int]]  # operation and number of images, in the order in which they are done
     rows: Tensor  # int64: the images of all groups, one group after the other
-    factors: Tensor  # float32: the factor of each
+    values: Tensor  # float32: the factor of each
 
 
 def draw_jitter(view: "View", draw: Draw, name: str) -> Jitter:
@@ -71,21 +113,26 @@ def draw_jitter(view: "View", draw: Draw, name: str) -> Jitter:
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = neutral - strength, neutral + strength
     low[:3].clamp_(min=0)
-    rows = chosen(draw(f"{name}.jitter"), view.jitter)
-    factors = low + (high - low) * draw(f"{name}.factors", 4)[rows]
-    order = _ORDERS[(draw(f"{name}.order")[rows].double() * len(_ORDERS)).long()]
-    groups, members, values = [], [rows[:0]], [factors[:0, 0]]
-    for step, operation in itertools.product(range(4), strength.nonzero().flatten().tolist()):
-        group = (order[:, step] == operation).nonzero().squeeze(1)
-        if len(group):
-            groups.append((operation, len(group)))
-            members.append(rows[group])
-            values.append(factors[group, operation])
-    return Jitter(groups, torch.cat(members), torch.cat(values))
+    factors = low + (high - low) * draw(f"{name}.factors", 4)
+    steps = _ORDERS[(draw(f"{name}.order").double() * len(_ORDERS)).long()]
+    drawn = (draw(f"{name}.jitter") < view.jitter).unsqueeze(1) & (strength > 0)[steps]
+    steps = torch.where(drawn, steps, NOTHING)
+    # one number for step and operation, so that one stable sort makes all groups
+    key = (steps + torch.arange(4) * (NOTHING + 1)).t().reshape(-1)
+    kept = chosen((steps == NOTHING).t().reshape(-1).float(), 0.5)
+    order = kept[key[kept].argsort(stable=True)]
+    counts = torch.bincount(key, minlength=4 * (NOTHING + 1)).tolist()
+    groups = [
+        (place % (NOTHING + 1), count)
+        for place, count in enumerate(counts)
+        if count and place % (NOTHING + 1) != NOTHING
+    ]
+    rows = order % len(steps)
+    return Jitter(steps, factors, groups, rows, factors[rows, key[order] % (NOTHING + 1)])
 
 
 def jitter(images: Tensor, plan: Jitter) -> None:
-    """Apply `plan` to float images [B, 3, H, W] in [0, 1], in place; only the drawn images are touched.
+    """Apply `plan` to float images [B, 3, H, W] in [0, 1], in place, by groups; only the drawn images are touched.
 
     The sizes of the groups are known on the host, so that nothing waits for the device.
     """
@@ -96,12 +143,21 @@ def jitter(images: Tensor, plan: Jitter) -> None:
     for operation, count in plan.groups:
         for start in range(at, at + count, most):
             part = slice(start, min(start + most, at + count))
-            rows = plan.rows[part]
-            images.index_copy_(0, rows, OPERATIONS[operation](images.index_select(0, rows), plan.factors[part]))
+            some = images.index_select(0, plan.rows[part])
+            OPERATIONS[operation](some, plan.values[part].view(-1, 1, 1, 1))
+            images.index_copy_(0, plan.rows[part], some)
         at += count
+
+
+def jitter_one(image: Tensor, steps: Sequence[int], factors: Sequence[float]) -> None:
+    """Apply one row of a `Jitter` to its float image [3, H, W] in [0, 1], in place."""
+    for operation in steps:
+        if operation != NOTHING:
+            OPERATIONS[operation](image, factors[operation])
 
 
 def gray(images: Tensor, rows: Tensor) -> None:
     """Make images `rows` (int64) of float [B, 3, H, W] grey, in place: torchvision's luma on all three channels."""
     if len(rows):
-        images.index_copy_(0, rows, rgb_to_grayscale(images.index_select(0, rows)).expand(-1, 3, -1, -1))
+        grey = luma(images.index_select(0, rows)).unsqueeze(1)
+        images.index_copy_(0, rows, grey.expand(-1, 3, -1, -1))

@@ -1,6 +1,7 @@
 """Random resized crop and flip: boxes as torchvision draws them, then crop, antialiased resize and flip in one go."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,12 @@ from torch import Tensor
 
 ATTEMPTS = 10
 NUMBERS = 2 * ATTEMPTS + 2  # uniform numbers that one box takes
-# On a CPU the products win up to this many pixels of canvas side × output side, one image at a time above it. Views/s
-# on one core of an EPYC (Zen 4), products against slices, canvas → view: 32→32 81,000 : 54,000 · 64→32 37,000 :
-# 50,000 · 64→64 15,000 : 37,000 · 256→64 1,800 : 24,000 · 256→224 480 : 6,800.
+# On a CPU the products win up to this many pixels of canvas side × output side, one image at a time above it. μs per
+# view on one core (Zen 5), products : slices, canvas → view: 32→32 9 : 18, 48→32 15 : 18, 64→32 23 : 20, 48→48 28 : 22.
 LARGEST_PRODUCT = 1600
+# Bytes that may lie between pixels and views: little enough for a GPU to spare, or for a CPU's cache.
+_ROOM = 2**28
+_ROOM_ON_A_CPU = 2**23
 
 
 def draw_boxes(numbers: Tensor, size: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
@@ -74,30 +77,56 @@ def resample(pixels: Tensor, boxes: Tensor, flip: Tensor, side: int, sent: Tenso
     box counts for nothing. Products on a GPU and for small images, else one image at a time: equal but for rounding
     to 1/255.
     """
+    return scaled(raw(pixels, boxes, flip, side, sent))
+
+
+def raw(pixels: Tensor, boxes: Tensor, flip: Tensor, side: int, sent: Tensor | None = None) -> Tensor:
+    """As `resample`, before the division by 255: uint8 by slices, float32 or (on CUDA) float16 by products."""
     if pixels.device.type == "cpu" and pixels.shape[-1] * side > LARGEST_PRODUCT:
-        return by_slices(pixels, boxes, flip, side)
+        return slices(pixels, boxes, flip, side)
     where = placement(boxes, flip) if sent is None else sent
-    return by_products(pixels, where.to(pixels.device), side)
+    return products(pixels, where.to(pixels.device), side)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """What `raw` gives, 0 to 255, as float32 in [0, 1]; may be done in place."""
+    # weights sum to 1 up to rounding, so white may come as 255.00001
+    return images.float().mul_(1 / 255).clamp_(0.0, 1.0)
 
 
 def placement(boxes: Tensor, flip: Tensor) -> Tensor:
-    """Boxes and flips as `by_products` takes them: float32 [B, 5]."""
+    """Boxes and flips as `products` takes them: float32 [B, 5]."""
     return torch.cat([boxes, flip[:, None]], 1).float()
 
 
-def by_products(pixels: Tensor, where: Tensor, side: int) -> Tensor:
-    """Crop, resize and flip are linear and separable: A_y · image · A_xᵀ, two batched products for the whole batch."""
+def products(pixels: Tensor, where: Tensor, side: int, precision: torch.dtype | None = None) -> Tensor:
+    """Crop, resize and flip are linear and separable: A_y · image · A_xᵀ, two batched products for many images.
+
+    [B, 3, side, side] in `precision`, 0 to 255 but for rounding; on CUDA float16, which holds every uint8 exactly,
+    elsewhere float32. In slices of the batch, so that what lies between stays small.
+    """
+    if precision is None:
+        precision = torch.float16 if pixels.device.type == "cuda" else torch.float32
+    room = _ROOM_ON_A_CPU if pixels.device.type == "cpu" else _ROOM
+    canvas, width = pixels.shape[-1], pixels.shape[1] * precision.itemsize
+    # of one image: its pixels, the rows in two layouts, the result; two matrices of weights while they are made
+    each = width * (canvas * canvas + 2 * canvas * side + side * side) + 12 * canvas * side
+    most = max(1, room // each)
+    if len(pixels) <= most:
+        return _product(pixels, where, side, precision)
+    parts = zip(pixels.split(most), where.split(most), strict=True)
+    return torch.cat([_product(some, placed, side, precision) for some, placed in parts])
+
+
+def _product(pixels: Tensor, where: Tensor, side: int, precision: torch.dtype) -> Tensor:
+    """Products of some images, [b, 3, side, side] in `precision`, 0 to 255 but for rounding."""
     count, channels, canvas, _ = pixels.shape
-    no_flip = torch.zeros_like(where[:, 4])
-    # the division by 255 rides on one of the matrices
-    down = _weights(where[:, 0], where[:, 2], no_flip, side, canvas) * (1 / 255)
-    across = _weights(where[:, 1], where[:, 3], where[:, 4], side, canvas)
-    # rows × (channels × columns): then neither product needs its matrix once per channel
-    rows = pixels.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    rows = torch.bmm(rows.reshape(count, canvas * channels, canvas), across.transpose(1, 2))
-    image = torch.bmm(down, rows.reshape(count, canvas, channels * side))
-    # weights sum to 1 up to rounding, so white may come out as 1 + 1e-7
-    return image.reshape(count, side, channels, side).permute(0, 2, 1, 3).contiguous().clamp_(0.0, 1.0)
+    down = _weights(where[:, 0], where[:, 2], torch.zeros_like(where[:, 4]), side, canvas).to(precision)
+    across = _weights(where[:, 1], where[:, 3], where[:, 4], side, canvas).to(precision)
+    # rows × (columns × channels) is how a canvas lies in memory: neither product needs its matrix once per channel
+    rows = torch.bmm(down, pixels.permute(0, 2, 3, 1).to(precision).reshape(count, canvas, canvas * channels))
+    rows = rows.view(count, side, canvas, channels).permute(0, 3, 1, 2).reshape(count, channels * side, canvas)
+    return torch.bmm(rows, across.transpose(1, 2)).view(count, channels, side, side)
 
 
 def _weights(start: Tensor, length: Tensor, flip: Tensor, side: int, canvas: int) -> Tensor:
@@ -109,19 +138,25 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, side: int, canvas: int
     scale = (length / side).view(-1, 1, 1)
     step = torch.arange(side, device=start.device, dtype=torch.float32)
     step = torch.where(flip[:, None] > 0, side - 1 - step, step)
-    centre = (step[:, :, None] + 0.5) * scale
     offset = torch.arange(canvas, device=start.device, dtype=torch.float32) - start.view(-1, 1, 1)
-    weight = 1 - (offset + 0.5 - centre).abs() / scale.clamp(min=1)
     inside = (offset >= 0) & (offset < length.view(-1, 1, 1))
-    weight = weight.clamp(min=0) * inside
-    return weight / weight.sum(2, keepdim=True)
+    # in place from here on: on a GPU this is the largest thing that lies between pixels and views
+    weight = offset + 0.5 - (step[:, :, None] + 0.5) * scale
+    weight.abs_().div_(-scale.clamp(min=1)).add_(1.0).clamp_(min=0.0).mul_(inside)
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
-def by_slices(pixels: Tensor, boxes: Tensor, flip: Tensor, side: int) -> Tensor:
+def slices(pixels: Tensor, boxes: Tensor, flip: Tensor, side: int) -> Tensor:
     """One image after the other through torch's uint8 kernel, which on a CPU beats the products for large outputs."""
     views = torch.empty(len(pixels), pixels.shape[1], side, side, dtype=torch.uint8)
-    for row, ((top, left, height, width), turn) in enumerate(zip(boxes.tolist(), flip.tolist(), strict=True)):
-        box = pixels[row : row + 1, :, top : top + height, left : left + width]
-        view = F.interpolate(box, (side, side), mode="bilinear", antialias=True)
-        views[row] = view[0].flip(-1) if turn else view[0]
-    return views.float().div_(255)
+    for image, box, turn, view in zip(pixels.split(1), boxes.tolist(), flip.tolist(), views.split(1), strict=True):
+        view.copy_(sliced(image, box, turn, side))
+    return views
+
+
+def sliced(image: Tensor, box: Sequence[int], flip: bool, side: int) -> Tensor:
+    """One image, uint8 [1, 3, S, S] on the CPU, cropped to its box, resized and flipped: uint8 [1, 3, side, side]."""
+    top, left, height, width = box
+    inside = image[:, :, top : top + height, left : left + width]
+    view = F.interpolate(inside, (side, side), mode="bilinear", antialias=True)
+    return view.flip(-1) if flip else view

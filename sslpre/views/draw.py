@@ -6,6 +6,7 @@ nor on what was drawn before, and a run that is resumed draws what it would have
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -42,9 +43,32 @@ def normal(seed: int, epoch: int, index: Tensor, name: str, *shape: int) -> Tens
 
 
 class Draw(Protocol):
-    """`uniform` with seed, epoch and index filled in (`functools.partial`)."""
+    """`uniform` with seed, epoch and index filled in (`functools.partial`, or `Drawn`)."""
 
     def __call__(self, name: str, *shape: int) -> Tensor: ...
+
+
+class Drawn:
+    """The draws that `shapes` names, all made by one hash; each is bit-equal to `uniform`'s of that name and shape.
+
+    Called with a name and its shape. KeyError for a draw that `shapes` does not have.
+    """
+
+    def __init__(self, seed: int, epoch: int, index: Tensor, shapes: Mapping[str, tuple[int, ...]]):
+        counts = [math.prod(shape) for shape in shapes.values()]
+        starts = torch.tensor([_start(seed, epoch, name) for name in shapes], device=index.device)
+        owners = [place for place, count in enumerate(counts) for _ in range(count)]
+        positions = [at for count in counts for at in range(1, count + 1)]
+        owner, position = torch.tensor([owners, positions], dtype=torch.int64).to(index.device)
+        streams = _mix(index.long().unsqueeze(-1) * _STEP + starts)
+        numbers = _fraction(_mix(streams.index_select(1, owner).add_(position * _STEP)))
+        self._numbers = {
+            (name, shape): part.reshape(*index.shape, *shape)
+            for (name, shape), part in zip(shapes.items(), numbers.split(counts, 1), strict=True)
+        }
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        return self._numbers[name, shape]
 
 
 def chosen(numbers: Tensor, probability: float) -> Tensor:
@@ -54,10 +78,14 @@ def chosen(numbers: Tensor, probability: float) -> Tensor:
 
 def _hash(seed: int, epoch: int, index: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     """64 random bits each, int64 [B, *shape]: a SplitMix64 stream per image, begun at a hash of all else."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
-    stream = _mix(index.long() * _STEP + int.from_bytes(digest, "little", signed=True))
+    stream = _mix(index.long() * _STEP + _start(seed, epoch, name))
     position = torch.arange(1, math.prod(shape) + 1, device=index.device)
     return _mix(stream.unsqueeze(-1) + position * _STEP).reshape(*index.shape, *shape)
+
+
+def _start(seed: int, epoch: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sslpre.cli.words import number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.shelf import names
 
-VERBS = ("pretrain", "probe", "export", "import", "recipes")
+VERBS = ("pretrain", "probe", "export", "import", "pack", "bench", "recipes")
 NEAR = "sslpre pretrain simclr ./images"
 
 
@@ -40,7 +40,8 @@ def test_help(run_cli):
 
 
 @pytest.mark.parametrize(
-    ("verb", "most"), [("", 24), ("pretrain", 30), ("probe", 26), ("export", 24), ("import", 24), ("recipes", 24)]
+    ("verb", "most"),
+    [("", 24), *((verb, {"pretrain": 30, "probe": 26, "bench": 26}.get(verb, 24)) for verb in VERBS)],
 )
 def test_help_fits_one_screen_and_shows_an_example(run_cli, verb, most):
     done = run_cli(*filter(None, [verb]), "--help")

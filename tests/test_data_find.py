@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sslpre.data.decode import BadImage
-from sslpre.data.find import Folder, find, printable, subset
+from sslpre.data.find import Folder, _Listing, find, printable, subset
+from sslpre.data.sample import sample
 from sslpre.errors import SslpreError
 
 PIXEL = b"not decoded here"
@@ -163,6 +166,65 @@ def test_fingerprint_depends_on_names_and_sizes_alone(tmp_path):
     (make(tmp_path / "5", "a/1.jpg", "b/2.jpg") / "a/1.jpg").write_bytes(PIXEL + b".")
     others += [find(tmp_path / "5"), find(make(tmp_path / "6", "a/1.jp", "a/1.jpg", "gb/2.jpg"))]
     assert len({first, *(other.train.fingerprint for other in others)}) == 5
+
+
+def test_many_images_in_one_folder_take_little_memory(tmp_path):
+    for i in range(4000):
+        (tmp_path / f"{i:08}_of_many.jpg").touch()
+    find(tmp_path)
+    tracemalloc.start()
+    try:
+        source = find(tmp_path).train
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 4000
+    assert peak < 4000 * 250
+
+
+def test_a_time_that_no_calendar_has_is_a_time_like_any_other(tmp_path, monkeypatch):
+    make(tmp_path, "a.jpg")
+    monkeypatch.setattr("sslpre.data.find._Listing.add", far := Later())
+    assert len({find(tmp_path).train.written for far.time in (2**70 + 1, -(2**40), 5)}) == 3
+
+
+class Later:
+    """Lists files as if they had been written at `time`."""
+
+    def __init__(self) -> None:
+        self.time, self.add = 0, _Listing.add
+
+    def __get__(self, listing: object, kind: object) -> object:
+        def add(entry: os.DirEntry[bytes], path: bytes) -> None:
+            info = SimpleNamespace(st_mode=entry.stat().st_mode, st_size=7, st_mtime_ns=self.time)
+            self.add(listing, SimpleNamespace(name=entry.name, stat=lambda: info), path)
+
+        return add
+
+
+def test_written_changes_with_every_time_of_modification(tmp_path):
+    make(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg")
+    for name, time in (("a/1.jpg", 10**18), ("b/2.jpg", 10**18 + 1), ("b/3.jpg", -5)):
+        os.utime(tmp_path / name, ns=(0, time))
+    first = find(tmp_path).train
+    int(first.written, 16)
+    assert first.written != first.fingerprint
+    os.utime(tmp_path / "a/1.jpg", ns=(7, 10**18))  # the time of access
+    assert find(tmp_path).train.written == first.written
+    os.utime(tmp_path / "a/1.jpg", ns=(0, 10**18 + 1))
+    later = find(tmp_path).train
+    os.utime(tmp_path / "a/1.jpg", ns=(0, 10**18 + 1))
+    os.utime(tmp_path / "b/2.jpg", ns=(0, 10**18))
+    swapped = find(tmp_path).train
+    assert {later.fingerprint, swapped.fingerprint} == {first.fingerprint}
+    (tmp_path / "c.jpg").write_bytes(PIXEL)
+    added = find(tmp_path).train
+    assert len({source.written for source in (first, later, swapped, added)}) == 4
+    parts = [subset(source, rows) for source in (first, later) for rows in ([0, 1], [1, 0])]
+    assert len({part.written for part in parts}) == 4
+    assert len({part.fingerprint for part in parts}) == 2
+    assert subset(first, [0, 1]).written == parts[0].written
+    assert sample(20).train.written == sample(20).train.written != sample(20, seed=1).train.written
 
 
 def test_subset(tmp_path):

@@ -165,13 +165,29 @@ def test_steps_run_on_over_epochs():
     assert len(got) == 5 and all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_its_owners_until_the_last_view_of_it_is_gone(workers):
+    """Memory is used again, but never under somebody's hands."""
+    run, kept, places = stream(Memory(400), 8, workers), {}, []
+    for step, batch in enumerate(run.steps(0, 150)):
+        places.append(batch.pixels.data_ptr())
+        if step % 10 == 0:
+            kept[step] = (batch.pixels[3:, 1].reshape(-1)[2:], batch.pixels.clone())
+        if step % 10 == 5:
+            kept[step] = (batch.pixels.numpy(), batch.pixels.clone())
+    for step, (view, copy) in kept.items():
+        wanted = copy.numpy() if step % 10 else copy[3:, 1].reshape(-1)[2:].numpy()
+        assert (np.asarray(view) == wanted).all()
+    assert len(set(places)) < 60  # of 150
+
+
 def test_large_jpegs_keep_their_original_size(tmp_path):
-    Image.new("RGB", (301, 203), (9, 99, 199)).save(tmp_path / "a.jpg", quality=95)
+    Image.new("RGB", (304, 208), (9, 99, 199)).save(tmp_path / "a.jpg", quality=95)
     source = find(tmp_path).train
-    assert source.read(0, 16).shape == (51, 76, 3)  # decoded at a quarter
+    assert source.read(0, 16).shape == (52, 76, 3)  # decoded at a quarter
     run = Stream(source, side=16, batch_size=1, seed=0, workers=1, device="cpu", bad=BadList(None, 0, 1))
     (batch,) = run.in_order()
-    assert batch.size.tolist() == [[203, 301]]
+    assert batch.size.tolist() == [[208, 304]]
     assert (batch.pixels.float().mean((0, 2, 3)) - torch.tensor([9.0, 99, 199])).abs().max() < 3
 
 

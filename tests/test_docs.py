@@ -143,7 +143,10 @@ def exit_codes() -> set[int]:
                 given = [*node.args[2:3], *(word.value for word in node.keywords if word.arg == "code")]
                 for code in given or [ast.Constant(2)]:
                     name = f"{path.stem}.{code.id}" if isinstance(code, ast.Name) else ast.unparse(code)
-                    codes.add(code.value if isinstance(code, ast.Constant) else named[name])
+                    either = [code.body, code.orelse] if isinstance(code, ast.IfExp) else []
+                    codes |= {one.value for one in either}
+                    if not either:
+                        codes.add(code.value if isinstance(code, ast.Constant) else named[name])
     return codes
 
 

@@ -33,6 +33,7 @@ WALLS = {
     "shelf": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "plugins": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "contract": ("cli", "probe", "export"),
+    "bench": ("cli", "probe", "export", "methods", "contract"),
     "ops": ("train", "recipe", "data", "cli", "probe", "export", "methods", "objective", "encoder", "views"),
     "errors": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "foreign": ("train", "recipe", "data", "cli", "probe", "methods", "objective", "views"),

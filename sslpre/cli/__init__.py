@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sslpre import __version__
-from sslpre.cli import export, import_, pretrain, probe, processes, recipes
+from sslpre.cli import bench, export, import_, pack, pretrain, probe, processes, recipes
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError, printable
@@ -24,7 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Try it: sslpre pretrain simclr",
 )
-for verb in (pretrain.pretrain, probe.probe, export.export, import_.import_, recipes.recipes):
+verbs = (
+    pretrain.pretrain,
+    probe.probe,
+    export.export,
+    import_.import_,
+    pack.pack,
+    bench.bench,
+    recipes.recipes,
+)
+for verb in verbs:
     app.command(verb.__name__.removesuffix("_"), cls=Command)(verb)  # `import` is a word of Python's own
 
 

@@ -17,7 +17,8 @@ from sslpre.weights import spelled
 
 RESUMABLE = ("data.max_bad", "train.checkpoint_minutes", "train.micro_batch")  # may be changed when a run goes on
 PRECISIONS = ("auto", "bf16", "fp32")
-RESUME = "Go on with a run; then no RECIPE. auto: if any."
+STORES = "Decoded images: device, ram, disk, off, FILE."
+RESUME = "Go on with a run. auto: if any, else start."
 
 
 def pretrain(
@@ -40,6 +41,7 @@ def pretrain(
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
     out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
     resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
+    store: Annotated[str, flag("--store", "WHERE", STORES)] = "auto",
     device: Annotated[str, flag("--device", "|".join(DEVICES), "Where to run.  [auto]")] = "auto",
     workers: Annotated[str | None, flag("--workers", "N", "Decoding threads.  [one per core]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON at the end.")] = False,
@@ -47,8 +49,7 @@ def pretrain(
     """Pretrain an encoder on a folder of images, no labels needed.
 
     IMAGES is any folder, nested or flat; without it, the built-in sample set.
-    RECIPE is a name from `sslpre recipes` or a .toml file. What is not given
-    is chosen, and printed in the first lines.
+    RECIPE is a name from `sslpre recipes` or a .toml file. The rest is chosen.
 
     \b
       sslpre pretrain simclr
@@ -70,13 +71,15 @@ def pretrain(
         "data.max_bad": number("--max-bad", max_bad, 0.01, most=1),
     }
     words = {"RECIPE": recipe, "IMAGES": images, "--set": settings, "--out": out}
-    start(words, {key: v for key, v in keys.items() if v is not None}, resume, device, threads, as_json)
+    machine: dict[str, Any] = {"device": device, "workers": threads, "store": store}
+    start(words, {key: v for key, v in keys.items() if v is not None}, resume, machine, as_json)
 
 
 def start(
-    words: dict[str, Any], keys: dict[str, Any], resume: str | None, device: str, workers: int | None, as_json: bool
+    words: dict[str, Any], keys: dict[str, Any], resume: str | None, machine: dict[str, Any], as_json: bool
 ) -> None:
-    """Train, then print what to type next. words: as typed; keys: recipe keys that flags set, `table.key` to value."""
+    """Train, then print what to type next. words: as typed; keys: recipe keys that flags set, `table.key` to value;
+    machine: device, workers and store."""
     refuse(words, keys, resume)
     look(words, keys, resume)
 
@@ -90,7 +93,7 @@ def start(
         overrides.setdefault(table, {})[key] = value
     images, out = (None if words[name] is None else Path(words[name]) for name in ("IMAGES", "--out"))
     settings = tuple(words["--set"] or ())
-    finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, device, workers))
+    finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, **machine))
     summary = dict(finished.summary)
     if not summary:  # the first of several processes says the rest
         return
@@ -100,7 +103,7 @@ def start(
         more = "" if labelled else " --data ./labelled"
         print(f"next: sslpre probe {run} --linear{more}", file=sys.stderr)
     else:
-        summary["probe"] = probe_sample(finished.run, device, workers, as_json)
+        summary["probe"] = probe_sample(finished.run, machine["device"], machine["workers"], as_json)
     print(f"next: sslpre export encoder.safetensors --run {run}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary))

@@ -1,4 +1,5 @@
-"""Images: find them (`find`) or draw them (`sample`), decode them (`decode`), bring them to the device (`stream`)."""
+"""Images: find them (`find`) or draw them (`sample`), decode them (`decode`), once (`store`, whose rows lie in memory,
+`rows`, or in a file, `packed`, as there is `room`), bring them to the device (`stream`, over the `ferry`)."""
 
 from __future__ import annotations
 
@@ -25,6 +26,10 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hexadecimal; changes when an image is added, removed, renamed or resized on disk."""
+
+    @property
+    def written(self) -> str:
+        """Hexadecimal; changes with `fingerprint`, and when the time of modification of a file changes."""
 
     @property
     def labels(self) -> np.ndarray:

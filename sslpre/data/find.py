@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import stat
+import struct
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from sslpre.errors import SslpreError
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
 READS = "sslpre reads " + ", ".join(sorted(extension.decode()[1:] for extension in EXTENSIONS))
 TEST_NAMES = (b"test", b"val", b"valid", b"validation")  # in the order in which they are tried as the test split
+SIZE_TIME = struct.Struct("<QQ")
 HIDDEN, RUN, UNREADABLE, BROKEN, SPECIAL = "hidden", "run folder", "unreadable folder", "broken link", "not a file"
 
 
@@ -57,6 +59,7 @@ class Folder:
     classes: list[str]
     max_pixels: int
     fingerprint: str
+    written: str
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -92,6 +95,10 @@ class Subset:
     classes: list[str]
     fingerprint: str
 
+    @property
+    def written(self) -> str:
+        return _digest(self.source.written, self.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -113,8 +120,12 @@ def subset(source: Source, rows: np.ndarray) -> Source:
     rows = np.asarray(rows, dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(source)):
         raise IndexError(f"rows from {rows.min()} to {rows.max()} of a source of {len(source)} images")
-    fingerprint = hashlib.blake2b(source.fingerprint.encode() + rows.tobytes(), digest_size=16).hexdigest()
+    fingerprint = _digest(source.fingerprint, rows)
     return Subset(source, rows, source.where, source.labels[rows], source.classes, fingerprint)
+
+
+def _digest(whole: str, rows: np.ndarray) -> str:
+    return hashlib.blake2b(whole.encode() + rows.tobytes(), digest_size=16).hexdigest()
 
 
 def find(root: Path, max_pixels: int = MAX_PIXELS) -> Found:
@@ -186,10 +197,13 @@ def _top_level(root: Path, top: bytes, where: str) -> tuple[list[bytes], bool]:
     try:
         if not stat.S_ISDIR(os.stat(top).st_mode):
             raise SslpreError(f"`{where}` is a file, not a folder", "name the folder that holds the images", 4)
+        folders, has_images = [], False
         with os.scandir(top) as scan:
-            entries = [entry for entry in scan if not _hidden(entry.name)]
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-        return folders, any(_is_image(entry.name) and entry.is_file() for entry in entries)
+            for entry in scan:
+                if not _hidden(entry.name):
+                    folders += [entry.name] if entry.is_dir() else []
+                    has_images = has_images or (_is_image(entry.name) and entry.is_file())
+        return sorted(folders), has_images
     except FileNotFoundError as error:
         raise SslpreError(f"there is no folder `{where}`", _nearest(root), 4) from error
     except OSError as error:
@@ -202,7 +216,7 @@ def _top_level(root: Path, top: bytes, where: str) -> tuple[list[bytes], bool]:
 def _images_beside(top: bytes, train: bytes, folders: list[bytes]) -> bool:
     """Whether a folder beside `train` holds an image. What a run or an export leaves there must not change the data."""
     seen = {_identity(os.stat(path)) for path in (top, top + b"/" + train)}
-    others = iter([_Entry(name + b"/", name, 0, _identity(os.stat(top + b"/" + name))) for name in folders])
+    others = iter([_Entry(name, 0, 0, _identity(os.stat(top + b"/" + name))) for name in folders])
     return any(True for _ in _walk(top, others, seen, Counter()))
 
 
@@ -219,15 +233,17 @@ class _Index(NamedTuple):
     names: bytearray
     ends: array[int]
     sizes: array[int]
+    times: hashlib.blake2b  # of modification in ns: hashed at once, so that they take no memory
 
 
 def _scan(root: bytes, seen: set[tuple[int, int]], skipped: Counter[str]) -> _Index:
     """Index `root` in the byte order of whole relative names, so that nothing needs sorting at the end."""
-    index = _Index(bytearray(), array("q", [0]), array("q"))
-    for entry in _walk(root, iter(_list(root, b"", skipped)), seen, skipped):
+    index = _Index(bytearray(), array("q", [0]), array("q"), hashlib.blake2b(digest_size=16))
+    for entry in _walk(root, _list(root, b"", skipped), seen, skipped):
         index.names.extend(entry.name)
         index.ends.append(len(index.names))
         index.sizes.append(entry.size)
+        index.times.update(entry.time.to_bytes(8, "little"))
     return index
 
 
@@ -244,50 +260,74 @@ def _walk(
             yield entry
         elif entry.folder not in seen:
             seen.add(entry.folder)
-            stack.append(iter(_list(root, entry.name + b"/", skipped)))
+            stack.append(_list(root, entry.name + b"/", skipped))
 
 
 class _Entry(NamedTuple):
-    order: bytes  # a folder sorts as `name/`: then siblings in order give whole paths in order
     name: bytes
     size: int
+    time: int  # of its last modification, in ns, modulo 2**64: a damaged disk may say anything
     folder: tuple[int, int] | None  # (device, inode) of a folder, None for a file
 
 
-def _list(root: bytes, prefix: bytes, skipped: Counter[str]) -> list[_Entry]:
-    """Images and folders in one folder, sorted; everything else is counted."""
-    try:
-        with os.scandir(root + b"/" + prefix) as scan:
-            entries = list(scan)
-    except OSError:
-        skipped[UNREADABLE] += 1  # counted, and printed by the caller: a disk's lost+found must not end a run
-        return []
-    inside = {entry.name for entry in entries}
-    if prefix and b"recipe.toml" in inside and inside & {b"checkpoints", b"metrics.jsonl"}:
-        skipped[RUN] += 1
-        return []
-    found = []
-    for entry in entries:
+class _Listing:
+    """What is of use in one folder: one bytes object for each, because a folder may hold a million files."""
+
+    def __init__(self) -> None:
+        # Name, zero byte, size and time: that sorts like the name, which has no zero byte. A folder's name ends in `/`:
+        # then siblings in order give whole paths in order.
+        self.records: list[bytes] = []
+        self.folders: dict[bytes, tuple[int, int]] = {}  # by name
+        self.skipped: Counter[str] = Counter()
+        self.marks: set[bytes] = set()  # names that a run folder has
+
+    def add(self, entry: os.DirEntry[bytes], path: bytes) -> None:
         name = entry.name
+        if name in (b"recipe.toml", b"checkpoints", b"metrics.jsonl"):
+            self.marks.add(name)
         if _hidden(name):
-            skipped[HIDDEN] += 1
-            continue
+            self.skipped[HIDDEN] += 1
+            return
         try:
             info = entry.stat()
         except OSError:
-            skipped[BROKEN] += 1  # a link to nothing or to itself, or a file deleted since the folder was listed
-            continue
+            self.skipped[BROKEN] += 1  # a link to nothing or to itself, or a file deleted since the folder was listed
+            return
         if stat.S_ISDIR(info.st_mode):
             # not the entry's own stat on Windows, where it holds no inode
-            key = _identity(info if info.st_ino else os.stat(root + b"/" + prefix + name))
-            found.append(_Entry(name + b"/", prefix + name, 0, key))
+            self.folders[name + b"/"] = _identity(info if info.st_ino else os.stat(path))
+            name += b"/"
         elif not stat.S_ISREG(info.st_mode):
-            skipped[SPECIAL] += 1  # opening a pipe would wait for ever
-        elif _is_image(name):
-            found.append(_Entry(name, prefix + name, info.st_size, None))
-        else:
-            skipped[printable(os.path.splitext(name)[1].lower()) or "no extension"] += 1
-    return sorted(found)
+            self.skipped[SPECIAL] += 1  # opening a pipe would wait for ever
+            return
+        elif not _is_image(name):
+            self.skipped[printable(os.path.splitext(name)[1].lower()) or "no extension"] += 1
+            return
+        self.records.append(name + b"\0" + SIZE_TIME.pack(info.st_size, info.st_mtime_ns & (1 << 64) - 1))
+
+    def entries(self, prefix: bytes) -> Iterator[_Entry]:
+        self.records.sort()
+        for record in self.records:
+            name, (size, time) = record[: -SIZE_TIME.size - 1], SIZE_TIME.unpack(record[-SIZE_TIME.size :])
+            folder = self.folders.get(name)
+            yield _Entry(prefix + (name if folder is None else name[:-1]), size, time, folder)
+
+
+def _list(root: bytes, prefix: bytes, skipped: Counter[str]) -> Iterator[_Entry]:
+    """Images and folders in one folder, sorted; everything else is counted."""
+    listing = _Listing()
+    try:
+        with os.scandir(root + b"/" + prefix) as scan:
+            for entry in scan:
+                listing.add(entry, root + b"/" + prefix + entry.name)
+    except OSError:
+        skipped[UNREADABLE] += 1  # counted, and printed by the caller: a disk's lost+found must not end a run
+        return iter(())
+    if prefix and b"recipe.toml" in listing.marks and len(listing.marks) > 1:
+        skipped[RUN] += 1
+        return iter(())
+    skipped.update(listing.skipped)
+    return listing.entries(prefix)
 
 
 def _hidden(name: bytes) -> bool:
@@ -330,4 +370,6 @@ def _folder(root: bytes, where: str, index: _Index, max_pixels: int, like: Folde
     digest = hashlib.blake2b(digest_size=16)
     for part in (names, ends.astype("<i8").tobytes(), sizes.astype("<i8").tobytes()):
         digest.update(part)
-    return Folder(root, where, names, ends, sizes, labels, classes, max_pixels, digest.hexdigest())
+    fingerprint = digest.hexdigest()
+    digest.update(index.times.digest())
+    return Folder(root, where, names, ends, sizes, labels, classes, max_pixels, fingerprint, digest.hexdigest())

@@ -305,6 +305,7 @@ class Scenes:
         self.classes = list(CLASSES)
         self.labels = np.arange(count, dtype=np.int64) % len(CLASSES)
         self.fingerprint = hashlib.sha256(f"sample {VERSION} {seed} {split} {count}".encode()).hexdigest()
+        self.written = self.fingerprint
         self._seed, self._split = seed, split
         self._pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
         self._drawn = np.zeros(count, bool)

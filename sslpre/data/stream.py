@@ -1,7 +1,7 @@
-"""Batches of decoded images, in a fixed order, on the device, decoded ahead in threads.
+"""Batches of decoded images, in a fixed order, on the device, decoded or gathered from a store ahead in threads.
 
-Threads suffice because Pillow releases the interpreter's lock while it decodes and resizes; nothing is forked or
-pickled. What a batch holds depends on (source, side, seed, epoch) alone, never on the number of workers.
+Threads suffice because decoders release the interpreter's lock while they work; nothing is forked or pickled. What a
+batch holds depends on (source, side, seed, epoch) alone, never on the number of workers, nor on what is stored.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from sslpre.data import BadImage, Source
-from sslpre.data.decode import to_canvas
+from sslpre.data.ferry import Ferry, Sent
+from sslpre.data.rows import OnDevice, Store
+from sslpre.data.store import stored
 from sslpre.errors import SslpreError
 
 PART = 16  # images per task of a worker: small enough to share a batch out, large enough to hide the cost of a task
+GATHER = 4 << 20  # bytes per task where all is stored
 
 
 @dataclass
@@ -186,20 +189,36 @@ def _spread(count: int, at_most: int) -> list[int]:
 
 
 @dataclass
-class _Batch:
-    """A batch being filled: arrays shared with the tensors that will leave, and the calls that wait for its parts."""
-
-    pixels: Tensor  # uint8 [B, S, S, 3], pinned if it goes to a GPU
-    size: np.ndarray
-    index: np.ndarray
-    canvas: np.ndarray  # the same memory as pixels
-    parts: list[Callable[[], _Outcome]] = field(default_factory=list)
-
-
-@dataclass
 class _Outcome:
     bad: list[tuple[int, str]]
     gave_up: bool = False
+
+
+@dataclass
+class _Batch:
+    """A batch being filled: which images, their sizes, and the calls that wait for its parts.
+
+    buffer: uint8 [≥ B, S, S, 3], None where the device has all rows already; fresh: which rows it has not.
+    """
+
+    index: np.ndarray
+    size: np.ndarray
+    buffer: Tensor | None = None
+    fresh: np.ndarray | None = None
+    parts: list[Future[_Outcome] | Callable[[], _Outcome]] = field(default_factory=list)
+    sent: Sent | None = None
+
+    @property
+    def canvas(self) -> np.ndarray:
+        assert self.buffer is not None
+        return self.buffer.numpy()
+
+    def filled(self) -> bool:
+        """Are all parts done, and done well?"""
+        return all(
+            isinstance(part, Future) and part.done() and part.exception() is None and not part.result().gave_up
+            for part in self.parts
+        )
 
 
 class Stream:
@@ -207,6 +226,7 @@ class Stream:
 
     A bad image is replaced by the next good one (i + 1, i + 2, …, modulo N), which keeps its own index. Bad images
     reach `bad` in the order of the batches, when theirs is handed out. `.waited` sums the seconds spent waiting.
+    Images that `store` has are taken from there, without a look at their files, and all others are put there.
     """
 
     def __init__(
@@ -221,6 +241,7 @@ class Stream:
         bad: BadList,
         rank: int = 0,
         world: int = 1,
+        store: Store | None = None,
     ):
         """`workers` threads decode ahead; 0: decode when asked. `batch_size` is that of all `world` processes, of which
         this one gets the `rank`-th equal part of every batch."""
@@ -230,6 +251,12 @@ class Stream:
         self.workers, self.device, self.bad = workers, torch.device(device), bad
         self.steps_per_epoch = len(source) // batch_size
         self.waited = 0.0
+        self.keep(store)
+
+    def keep(self, store: Store | None) -> None:
+        """Take images from `store` from the next call of `steps` on, or from none. It is the caller's to close."""
+        assert store is None or (len(store), store.side) == (len(self.source), self.side)
+        self.store, self._ferry = store, Ferry(self.side, self.device, store)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Pixels, None, None]:
         """Shuffled batches `start`, `start` + 1, … of one epoch, as `steps` gives them."""
@@ -272,48 +299,68 @@ class Stream:
     def _run(self, batches: Iterator[Tensor]) -> Generator[Pixels, None, None]:
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.workers, "sslpre-decode") if self.workers else None
-        # one batch beyond the current, more where a batch is too small to occupy every worker
-        ahead = 2 + self.workers * PART // self.batch_size if pool else 1
+        # One batch beyond the current, more where a batch is too small to occupy every worker; with a GPU another, so
+        # that the next one is whole, and its copy queued, when the current is handed out.
+        ahead = 2 + self.workers * PART // self.batch_size + (self.device.type == "cuda") if pool else 1
         waiting: deque[_Batch] = deque()
         try:
             for rows in batches:
                 waiting.append(self._begin(rows, pool, stop))
                 if len(waiting) > ahead - 1:
-                    yield self._finish(waiting.popleft())
+                    yield self._finish(waiting)
             while waiting:
-                yield self._finish(waiting.popleft())
+                yield self._finish(waiting)
         finally:
             stop.set()
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, rows: Tensor, pool: ThreadPoolExecutor | None, stop: threading.Event) -> _Batch:
-        count, on_gpu = len(rows), self.device.type == "cuda"
-        pixels = torch.empty((count, self.side, self.side, 3), dtype=torch.uint8, pin_memory=on_gpu)
-        batch = _Batch(pixels, np.zeros((count, 2), np.int64), rows.numpy().copy(), pixels.numpy())
-        for first in range(0, count, PART):
-            fill = partial(self._fill, batch, range(first, min(first + PART, count)), stop)
-            batch.parts.append(pool.submit(fill).result if pool else fill)
+        count, index = len(rows), rows.numpy().copy()
+        full, on_device = self.store is not None and self.store.ready(index), isinstance(self.store, OnDevice)
+        if full and on_device:
+            assert self.store is not None
+            return _Batch(index, self.store.sizes(index))
+        fresh = np.ones(count, bool) if on_device else None
+        batch = _Batch(index, np.zeros((count, 2), np.int64), self._ferry.buffer(count), fresh)
+        step = max(1, GATHER // (self.side * self.side * 3)) if full else PART
+        for first in range(0, count, step):
+            fill = partial(self._fill, batch, slice(first, min(first + step, count)), stop)
+            batch.parts.append(pool.submit(fill) if pool else fill)
         return batch
 
-    def _finish(self, batch: _Batch) -> Pixels:
+    def _finish(self, waiting: deque[_Batch]) -> Pixels:
+        """The first batch, as soon as it is whole. The copy of the one behind it is queued before, if that can be."""
+        batch = waiting.popleft()
         for part in batch.parts:
             began = time.perf_counter()
-            outcome = part()
+            outcome = part.result() if isinstance(part, Future) else part()
             self.waited += time.perf_counter() - began
             for i, reason in outcome.bad:
                 self.bad.add(self.source, i, reason)
             if outcome.gave_up:
                 message = f"none of the {len(self.source):,} images of `{self.source.where}` could be read"
                 raise SslpreError(message, f"the last one tried: {outcome.bad[-1][1]}", 20)
-        # the caching allocator keeps a pinned block until the copy that reads it is done
-        pixels = batch.pixels.to(self.device, non_blocking=True) if self.device.type != "cpu" else batch.pixels
-        return Pixels(pixels.permute(0, 3, 1, 2), torch.from_numpy(batch.size), torch.from_numpy(batch.index))
+        batch.parts.clear()  # they know the batch, which would live until the garbage is collected
+        sent = self._send(batch)
+        if waiting and waiting[0].filled():
+            self._send(waiting[0])
+        pixels = self._ferry.deliver(sent).permute(0, 3, 1, 2)
+        return Pixels(pixels, torch.from_numpy(batch.size), torch.from_numpy(batch.index))
 
-    def _fill(self, batch: _Batch, slots: Iterable[int], stop: threading.Event) -> _Outcome:
-        """Decode the images of `slots` into the batch. Gives up after more bad ones in a row than may be bad in all."""
-        outcome = _Outcome([])
-        for slot in slots:
+    def _send(self, batch: _Batch) -> Sent:
+        if batch.sent is None:
+            batch.sent = self._ferry.send(batch.buffer, batch.index, batch.size, batch.fresh)
+            batch.buffer = None  # the ferry's again
+        return batch.sent
+
+    def _fill(self, batch: _Batch, part: slice, stop: threading.Event) -> _Outcome:
+        """Put the images of `part` into the batch. Gives up after more bad ones in a row than may be bad in all."""
+        outcome, canvas = _Outcome([]), batch.canvas
+        if self.store is not None and batch.fresh is None and self.store.ready(batch.index[part]):
+            batch.size[part] = self.store.gather(batch.index[part], canvas[part])
+            return outcome
+        for slot in range(part.start, part.stop):
             first = int(batch.index[slot])
             # a list that several processes share is only counted when they meet
             patience = len(self.source) if self.bad.shared else min(len(self.source), self.bad.allowed + 1)
@@ -321,8 +368,7 @@ class Stream:
                 if stop.is_set():
                     return outcome
                 try:
-                    batch.canvas[slot], batch.size[slot] = self._read(i)
-                    batch.index[slot] = i
+                    self._place(batch, canvas, slot, i)
                     break
                 except BadImage as error:
                     outcome.bad.append((i, error.reason))
@@ -331,9 +377,16 @@ class Stream:
                 return outcome
         return outcome
 
-    def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
-        image = self.source.read(i, self.side)
-        height, width = image.shape[:2]
-        if min(height, width) >= 2 * self.side:  # it may have been decoded at a fraction of its size
-            height, width = self.source.size(i)
-        return to_canvas(image, self.side), (height, width)
+    def _place(self, batch: _Batch, canvas: np.ndarray, slot: int, i: int) -> None:
+        """Image `i` into `slot`: from the store, else decoded, and then also into the store. Raises BadImage."""
+        if batch.fresh is not None and isinstance(self.store, OnDevice) and self.store.has(i):
+            batch.size[slot], batch.fresh[slot] = self.store.sizes(np.array([i]))[0], False
+        else:
+            size = None if self.store is None else self.store.take(i, canvas[slot])
+            if size is None:
+                pixels, size = stored(self.source, i, self.side)
+                canvas[slot] = pixels
+                if self.store is not None and batch.fresh is None:  # else the ferry stores it, on the device
+                    self.store.put(i, pixels, size)
+            batch.size[slot] = size
+        batch.index[slot] = i

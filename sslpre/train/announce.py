@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 
@@ -22,10 +23,11 @@ from sslpre.train.step import rehearse
 PATIENCE = 2 * 3600  # seconds on a CPU above which a shorter run is proposed
 
 
-def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start | None = None) -> None:
+def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start | None, kept: str) -> None:
     """Print what `run` is made of on stderr.
 
-    wanted: the recipe before its autos; tried: seconds of a first step; begun: the weights that it starts from.
+    wanted: the recipe before its autos; tried: seconds of a first step; begun: the weights that it starts from; kept:
+    where its decoded images are stored.
     """
     recipe, table = run.recipe, run.recipe.train
 
@@ -58,9 +60,10 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
         f"seed {table.seed}"
     )
     say(
-        f"device     {device.label(run.device)}, {shown('train', 'precision')}, {run.stream.workers} decoding threads; "
-        f"images kept at {shown('data', 'store_size')} px"
+        f"device     {device.label(run.device)}, {shown('train', 'precision')}, {run.stream.workers} decoding threads, "
+        f"views {run.facts['views']}"
     )
+    say(f"store      {kept}; images at {shown('data', 'store_size')} px")
     if run.part:
         note = "; batch normalisation sees these alone" if norms(network) else ""
         each = f" in each of {run.stream.world} processes" if run.stream.world > 1 else ""
@@ -93,7 +96,10 @@ def expected(run: Run, tried: float) -> float:
     batch = stream.batch_size // stream.world
     spent = min([tried, *again(run, batch)] if tried < 1 else [tried])  # the first one also warms up memory and kernels
     learned, decoded = spent, batch * decoding(stream)
-    return (run.steps - run.step) * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
+    left = anew = run.steps - run.step
+    if stream.store is not None:  # each image is decoded once
+        anew = min(left, math.ceil((len(stream.source) - stream.store.held) / stream.batch_size))
+    return (left - anew) * learned + anew * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
 
 
 def again(run: Run, batch: int) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ import torch
 import sslpre
 from sslpre import encoder
 from sslpre import recipe as recipes
+from sslpre.data.decode import decoder
 from sslpre.data.find import Found, find
+from sslpre.data.packed import Packed, Write
 from sslpre.data.sample import sample
+from sslpre.data.store import open_store
 from sslpre.data.stream import BadList, Stream
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
@@ -23,8 +27,9 @@ from sslpre.recipe import Recipe
 from sslpre.start import Start, load, recorded
 from sslpre.train import checkpoint, distributed, loop, optim
 from sslpre.train.facts import digest, facts_of
+from sslpre.train.progress import say
 from sslpre.train.step import fewer, reseed
-from sslpre.views.build import Views
+from sslpre.views.build import Views, compiler, repays
 
 
 def load_data(recipe: Recipe) -> Found:
@@ -47,6 +52,9 @@ def build(
     assert recipe.encoder.image_size != "auto" and table.batch_size != "auto"
     views = Views(recipe.views, recipe.encoder.image_size, table.seed)
     refuse(recipe, found, views)
+    by = compiler(where) if repays(where, pixels_of(recipe, views, len(found.train), where)) else None
+    if by is not None:
+        views.compile()
     reseed(table.seed, "init")
     objective = (
         make_objective(recipe, len(found.train), len(found.train.classes), views.sides, start)
@@ -69,6 +77,8 @@ def build(
         "recipe": digest(recipe),
         "sslpre": sslpre.__version__,
         "torch": torch.__version__,
+        "decoder": decoder(),
+        "views": "eager" if by is None else f"compiled by {by}",
     }
     optimisers = optim.build(objective, recipe.optim, where)
     if ranks.world() > 1:
@@ -124,6 +134,14 @@ def refuse_points(objective: Objective, side: int) -> None:
             )
 
 
+def pixels_of(recipe: Recipe, views: Views, images: int, where: torch.device) -> float:
+    """Pixels of all views that this process makes in the whole run, where compiling makes them faster."""
+    table = recipe.train
+    assert table.batch_size != "auto" and table.epochs != "auto"
+    taken = table.epochs * (images // table.batch_size) * table.batch_size // ranks.world()
+    return float(taken) * views.fused(where)
+
+
 def stream_of(folder: Path, recipe: Recipe, found: Found, where: torch.device, workers: int | None) -> Stream:
     """The run's images; of several processes each gets its part of every batch."""
     data, table = recipe.data, recipe.train
@@ -150,7 +168,38 @@ def stream_of(folder: Path, recipe: Recipe, found: Found, where: torch.device, w
 
 def own_cores() -> int:
     """Cores for this process, where several share a machine."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, (os.cpu_count() or 1) // sharers())
+
+
+def sharers() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep(run: loop.Run, wanted: str) -> str:
+    """Give the run a store for its decoded images, as `open_store` has it; one line about it.
+
+    On each machine one process makes the file; where it may write, so may the others beside it. Raises as `open_store`,
+    in every process alike.
+    """
+    stream = run.stream
+    again = run.recipe.train.epochs != 1 or type(run.objective).epoch_start is not Objective.epoch_start
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    told: list[str] = []
+
+    def take(write: Write) -> None:
+        if not told:
+            store, line = open_store(
+                wanted, stream.source, stream.side, run.device, reuse=again, share=sharers(), write=write, say=say
+            )
+            stream.keep(store)
+            told.append(line)
+
+    distributed.alike(lambda: take(True) if leads else None)
+    writes = isinstance(stream.store, Packed) and stream.store.writes
+    machines = distributed.collected([(socket.gethostname(), writes)])
+    distributed.alike(lambda: take("with" if (socket.gethostname(), True) in machines else False))
+    return told[0]
 
 
 def make_objective(

@@ -82,6 +82,7 @@ def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
         "device": device.label(where),
         "threads": torch.get_num_threads(),
         "workers": run.stream.workers,
+        "decoder": run.facts["decoder"],
         "processes": run.stream.world,
         **{name: version(name) for name in packages},
     }

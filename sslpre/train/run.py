@@ -24,7 +24,7 @@ from sslpre.ops import ranks
 from sslpre.recipe import Recipe
 from sslpre.train import checkpoint, device, distributed, loop, memory, optim, plan, step
 from sslpre.train.announce import announce
-from sslpre.train.build import build, load_data
+from sslpre.train.build import build, keep, load_data
 from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
 from sslpre.train.progress import duration, say
 from sslpre.train.runs import ROOT, discard, find_run, is_run, new_run, write_text
@@ -43,6 +43,7 @@ class Options:
     resume: str | None = None
     device: str = "auto"
     workers: int | None = None
+    store: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,13 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
     distributed.from_first(lambda: tidy(run))
     distributed.alike(lambda: go_on(run, said(options).get("train", {}).get("micro_batch") is not None))
     distributed.agree(step=run.step)
-    return finish(run, resumed=True)
+    if distributed.from_first(lambda: run.step == run.steps and (run.folder / "encoder").is_dir()):
+        distributed.leave()
+        say(f"done       {run.folder} was finished already")
+        summary = {"run": str(run.folder), "step": run.step, "finished": True}
+        return Finished(run.folder, run.recipe, summary if distributed.first() else {})
+    say(f"store      {keep(run, options.store)}")
+    return finish(run)
 
 
 def as_it_was(folder: Path, options: Options) -> Recipe:
@@ -162,12 +169,13 @@ def start(options: Options, where: torch.device) -> Finished:
     run: loop.Run | None = None
     try:
         run = distributed.alike(lambda: build(folder, recipe, found, where, options.workers, begun))
+        kept = keep(run, options.store)
         tried = step.fit(run)
         if distributed.first():
             if begun is not None:
                 keep_start(run, begun)
             write_facts(run, found, where)
-            announce(run, wanted, found, tried, begun)
+            announce(run, wanted, found, tried, begun, kept)
         return finish(run)
     except BaseException:
         if distributed.first() and (run is None or run.step == 0):  # failed before its first step: leave nothing behind
@@ -240,9 +248,10 @@ def go_on(run: loop.Run, parts_anew: bool = False) -> None:
             "put it back, or start a new run with it: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
             6,
         )
-    for key in ("sslpre", "torch"):
-        if saved.state[key] != run.facts[key]:
-            say(f"resume     {key} was {saved.state[key]}, is {run.facts[key]}: the run goes on, not bit for bit")
+    for key in ("sslpre", "torch", "decoder", "views"):
+        was = saved.state.get(key, run.facts[key])  # the last two are newer than some checkpoints
+        if was != run.facts[key]:
+            say(f"resume     {key} was {was}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
     optim.load_state(run.objective, run.optimisers, saved.optim)
     part, processes = saved.state.get("part", 0), saved.state.get("processes", 1)
@@ -267,13 +276,8 @@ def tidy(run: loop.Run) -> None:
             path.rename(path.with_name(f".damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
-def finish(run: loop.Run, resumed: bool = False) -> Finished:
+def finish(run: loop.Run) -> Finished:
     """Train to the end, write the run's `encoder/`, and sum up."""
-    if resumed and distributed.from_first(lambda: run.step == run.steps and (run.folder / "encoder").is_dir()):
-        distributed.leave()
-        say(f"done       {run.folder} was finished already")
-        summary = {"run": str(run.folder), "step": run.step, "finished": True}
-        return Finished(run.folder, run.recipe, summary if distributed.first() else {})
     distributed.same_weights(run.objective)
     try:
         figures = loop.train(run)

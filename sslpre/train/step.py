@@ -138,6 +138,8 @@ def fit(run: Run) -> float:
         while failed is None:
             try:
                 with ranks.alone():
+                    if run.facts["views"] != "eager":  # compile them: that is no part of a step's time
+                        run.views(pixels.pixels, pixels.size, pixels.index, 0)
                     seconds = rehearse(run, pixels, part)
                 break
             except (RuntimeError, MemoryError) as error:

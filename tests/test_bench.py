@@ -1,5 +1,6 @@
 """`sslpre bench`: are its figures those of the machine, does it name the stage that is slow, does it leave nothing?"""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,16 +8,27 @@ import time
 from collections import deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sslpre import bench as room
+from sslpre import encoder
+from sslpre import recipe as recipes
+from sslpre.bench import advice as advised
+from sslpre.bench import setting as described
 from sslpre.bench import stages as timed
+from sslpre.bench import stores
 from sslpre.bench import table as shown
-from sslpre.bench.table import STAGES, Report, Setting, Timing, Whole, advice, timing, weighed
-from sslpre.data.find import Folder
-from sslpre.data.stream import Pixels
+from sslpre.bench.advice import advice
+from sslpre.bench.setting import Setting
+from sslpre.bench.table import STAGES, Report, Timing, Whole, timing, weighed
+from sslpre.data import store as store_room
+from sslpre.data.find import Folder, find
+from sslpre.data.packed import form_of
+from sslpre.data.packed import opened as opened_file
+from sslpre.data.stream import BadList, Pixels
 from sslpre.errors import SslpreError
 from sslpre.objective import Loss
 from sslpre.train import step
@@ -68,8 +80,9 @@ def setting(**changed):
     plain = dict(
         recipe="simclr", images="my photos", where="my photos", count=1000, measured=1000, device="cpu", kind="cpu",
         bf16=True, cores=2, workers=2, precision="bf16", compile=False, backbone="test_resnet", image_size=64,
-        store_size=128, sides=(64, 64), batch_size=10, batch=10, part=0, epochs=10, store="ram",
-        store_line="in RAM, 49 MB", held=0, compiler="g++", compiled=True, graphs=1, compile_s=9.0,
+        store_size=128, sides=(64, 64), smaller=32, batch_size=10, batch=10, part=0, epochs=10, store="ram",
+        store_line="in RAM, 49 MB", held=0, fits_ram=True, simplejpeg=True, compiler="g++", compilable=True,
+        compiled=True, graphs=1, compile_s=9.0, network_s=0.0, note="",
     )  # fmt: skip
     return Setting(**{**plain, **changed})
 
@@ -79,7 +92,7 @@ def report(first=100.0, later=60.0, ms=None, **changed):
     stages = {name: None if value is None else one(value) for name, value in {**STAGE_MS, **(ms or {})}.items()}
     kept = None if changed.get("store") == "off" else object()
     halves = room.judged(stages, whole(first), whole(later), kept)
-    return Report(setting(**changed), stages, *halves, 10**9, 20.0)
+    return Report(setting(**changed), stages, *halves, 10**9, 2 * 10**9, 20.0)
 
 
 def test_what_shows_of_decoding_is_what_a_later_step_does_without():
@@ -131,11 +144,16 @@ def test_the_whole_run_is_one_epoch_that_decodes_and_others_that_do_not():
         (report(precision="fp32", bf16=False), "--image-size 32"),
         (report(part=5), "--batch-size 5"),
         (report(kind="cuda"), "--compile"),
-        (report(image_size=32), "a lighter --backbone"),
+        (report(smaller=0), "faster: a lighter --backbone, or fewer --epochs"),
+        (report(first=300.0, epochs=3, simplejpeg=False), "pip install 'sslpre[fast]'"),
         (report(ms={"views": 55.0}, compiler=None), "install g++ and python3-dev"),
         (report(ms={"views": 55.0}, compiler=None, kind="cuda"), "install triton, gcc and python3-dev"),
-        (report(ms={"views": 55.0}, image_size=224), "--image-size 160"),
+        (report(ms={"views": 55.0}, compiler=None, compilable=False), "--image-size 32"),
+        (report(ms={"views": 55.0}, smaller=160), "--image-size 160"),
+        (report(ms={"views": 55.0}, smaller=0), "fewer operations in the recipe's [[views]]"),
         (report(ms={"optimiser": 55.0}), "--batch-size 20"),
+        (report(ms={"optimiser": 55.0}, count=19, measured=19), "a lighter --backbone"),
+        (report(ms={"optimiser": 55.0}, part=5), "a lighter --backbone"),
     ],
 )
 def test_advice(found, says):
@@ -148,8 +166,44 @@ def test_advice(found, says):
 def test_loading_that_waits_for_the_store():
     slow = dataclasses.replace(report(), later=dataclasses.replace(report().later, limit="store"))
     assert "--set data.store_size=96" in advice(slow)
-    smaller = dataclasses.replace(slow, setting=setting(store_size=64, workers=1))
-    assert "--workers 2" in advice(smaller)
+    said = {
+        "--workers 2": dict(workers=1),
+        "nothing is quicker": dict(store="device"),
+        "come from memory": dict(),
+        ": --store ram": dict(store="disk"),
+        "SSLPRE_CACHE may name a folder on a faster disk": dict(store="disk", fits_ram=False),
+    }
+    for words, changed in said.items():
+        assert words in advice(dataclasses.replace(slow, setting=setting(store_size=64, **changed)))
+
+
+def test_the_image_size_that_is_advised_is_one_that_the_network_takes(monkeypatch):
+    cpu = torch.device("cpu")
+
+    def smaller(backbone, size, precision="fp32", side=0):
+        table = {"backbone": backbone, "image_size": size}
+        recipe = recipes.load(
+            "simclr", (f"views.0.size={side}",), {"encoder": table, "train": {"precision": precision}}
+        )
+        return described.smaller_side(
+            encoder.build(backbone, image_size=size, mean=[0.5] * 3, std=[0.5] * 3), recipe, cpu
+        )
+
+    assert [smaller("test_resnet", size) for size in (32, 33, 64, 100)] == [0, 32, 32, 96]
+    assert smaller("test_vit", 160) == 0, "it has patches"
+    assert smaller("test_resnet", 64, side=64) == 0, "no view follows the image size"
+    monkeypatch.setattr(encoder.Encoder, "strides_a_point", lambda self, side: side == 32)
+    assert [smaller("test_resnet", 64, precision) for precision in ("fp32", "bf16")] == [32, 0]
+    assert smaller("test_resnet", 96, "bf16") == 64
+
+
+def test_jpegs_are_told_by_their_names():
+    class Names(list):
+        name = list.__getitem__
+
+    assert described.jpegs(Names(["a.JPG", "b.jpeg", "c.png"]))
+    assert not described.jpegs(Names(["a.jpg", "b.png"]))
+    assert described.jpegs(Names([f"{i}.jpg" for i in range(1000)]))
 
 
 def test_the_table_fits_and_says_what_is_missing():
@@ -297,8 +351,177 @@ def test_packed_images_are_reckoned_with(run_cli, photos, tmp_path, quick):
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["setting"]["held"] == 48 and found["decoding_seconds"] == 0
-    assert "48 images are in it already" in done.err
+    assert "48 images are decoded already" in done.err
     assert left(tmp_path) == before
+
+
+def test_a_compiler_that_fails_is_said(run_cli, photos, quick, monkeypatch):
+    made = []
+    monkeypatch.setattr("sslpre.train.build.compiler", lambda where: "a compiler")
+    monkeypatch.setattr("sslpre.train.build.repays", lambda where, saved: True)
+    monkeypatch.setattr(Views, "compile", lambda self, by: made.append([self, "compiled by X"]))
+    monkeypatch.setattr(
+        Views, "made", property(lambda self: {id(one): how for one, how in made}.get(id(self), "eager"))
+    )
+    make = Views.__call__
+
+    def call(self, *given):
+        for one in made:
+            one[1] = "eager" if one[0] is self else one[1]  # it has failed at the first call
+        return make(self, *given)
+
+    monkeypatch.setattr(Views, "__call__", call)
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert "views      2 of 32 px, eager, for compiling them failed" in done.err
+    found = json.loads(done.out)["setting"]
+    assert not found["compiled"] and found["graphs"] == 0
+
+
+def test_compiling_the_network_is_in_no_step(run_cli, photos, quick, monkeypatch):
+    compiled = []
+
+    def slow(graph, inputs):
+        compiled.append(graph)
+        time.sleep(3)
+        return graph.forward
+
+    def compile(self):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=slow)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--compile")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert compiled and found["setting"]["network_s"] > 3
+    assert found["first_epoch"]["ms_per_step"] < 1000 and found["later_epochs"]["ms_per_step"] < 1000
+    assert "decoding takes" not in found["advice"]
+    text = shown.notes(report(network_s=42.0))
+    assert any("and 9 s to compile the views and 42 s to compile the network" in line for line in text)
+
+
+def test_the_clock_of_whole_steps_starts_when_the_device_is_idle(monkeypatch):
+    """Six steps that take 20 ms each, which a device does after it was told to: none of them is counted twice."""
+    queued = [0]
+
+    def wait(device):
+        time.sleep(0.02 * queued[0])
+        queued[0] = 0
+
+    def take(run, pixels, epoch):
+        queued[0] += 1
+
+    monkeypatch.setattr(timed, "wait", wait)
+    monkeypatch.setattr(timed.step, "take_step", take)
+    stream = SimpleNamespace(waited=0.0, steps_per_epoch=6, batch_size=1, steps=lambda a, b: (i for i in range(a, b)))
+    run = SimpleNamespace(stream=stream, device=torch.device("cpu"), objective=nn.Linear(1, 1))
+    found = timed.whole(run, 0, 6)
+    assert found.steps == 4 and found.ms_per_step == pytest.approx(20, rel=0.2)
+
+
+def test_memory_of_a_larger_store_is_reckoned_with(run_cli, photos, quick, monkeypatch):
+    monkeypatch.setattr(room, "STORED", 20 * 3 * 40 * 40)
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json")
+    found = json.loads(done.out)
+    assert found["setting"]["measured"] == 20
+    assert found["run_memory"] - found["peak_memory"] == 28 * 3 * 40 * 40
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--store", "disk")
+    found = json.loads(done.out)
+    assert found["run_memory"] == found["peak_memory"], "a file is not in the process"
+    assert "of which 1.0 GB for images that were not stored here" in " ".join(shown.notes(report()))
+
+
+def test_a_packed_file_is_measured_by_reading_it(run_cli, photos, tmp_path, quick, monkeypatch):
+    assert run_cli("pack", photos, tmp_path / "mine.packed", "--size", "40", "--workers", "1").code == 0
+    before, content, read = left(tmp_path), (tmp_path / "mine.packed").read_bytes(), []
+    gather = stores.Mapped.gather
+
+    def noted(self, index, out):
+        sizes = gather(self, index, out)
+        read.append((self.where, out.mean()))
+        return sizes
+
+    monkeypatch.setattr(stores.Mapped, "gather", noted)
+    monkeypatch.setattr(room, "STORED", 20 * 3 * 40 * 40)
+    file = tmp_path / "mine.packed"
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--set", "data.store_size=40", "--store", file)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["setting"]["store"] == "disk" and found["setting"]["held"] == 48
+    assert {where for where, _ in read} == {str(file)} and min(mean for _, mean in read) > 20
+    assert found["setting"]["note"] == "" and left(tmp_path) == before and file.read_bytes() == content
+
+
+def test_rows_of_a_file_are_those_of_the_images(photos, tmp_path):
+    source = find(photos).train
+    packed = store_room.pack(source, 16, tmp_path / "p.packed", 1, BadList(None, 0.0, 48))
+    with contextlib.closing(packed), contextlib.closing(stores.Mapped(packed, np.array([40, 3]))) as mapped:
+        out, theirs = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8)
+        assert mapped.ready(np.array([0, 1])) and len(mapped) == 2
+        mapped.forget()
+        mapped.gather(np.array([1, 0]), out)
+        for row, i in zip(out, (3, 40), strict=True):
+            assert packed.take(i, theirs) and np.array_equal(row, theirs)
+
+
+def test_a_half_filled_file_lends_its_rows(photos, tmp_path):
+    source = find(photos).train
+    form = form_of(source, 16)
+    packed = opened_file(tmp_path / "p.packed", form, write=True, make=True)
+    with contextlib.closing(packed):
+        with pytest.raises(ValueError, match="no image"):
+            stores.Mapped(packed, np.arange(4))
+        packed.put(7, np.full((16, 16, 3), 9, np.uint8), (5, 5))
+        with contextlib.closing(stores.Mapped(packed, np.arange(4))) as mapped:
+            out = np.zeros((4, 16, 16, 3), np.uint8)
+            mapped.gather(np.arange(4), out)
+            assert (out == 9).all()
+
+
+def test_a_file_larger_than_memory_is_read_from_the_disk(run_cli, photos, tmp_path, quick, monkeypatch):
+    dropped = []
+    forget = stores.Mapped.forget
+    monkeypatch.setattr(stores.Mapped, "forget", lambda self: dropped.append(self.where) or forget(self))
+    memory = stores.room.memory
+    monkeypatch.setattr("sslpre.bench.stores.room", SimpleNamespace(memory=lambda: 1000, disk=stores.room.disk))
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--store", "disk")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert len(dropped) == 2 and all(where.startswith(f"{tmp_path}/.sslpre-bench-") for where in dropped)
+    assert "larger than the free memory (1.0 kB): it was read from the disk itself" in found["setting"]["note"]
+    assert left(tmp_path) == [] and memory() > 1000
+
+
+def test_without_room_for_a_store_bench_goes_on(run_cli, photos, tmp_path, quick, monkeypatch):
+    def none(*given, **named):
+        raise SslpreError("`--store ram` is not possible: 5 GB is more than the free memory", "", 3)
+
+    choose = stores.choose
+    monkeypatch.setattr(
+        stores, "choose", lambda *given: (choose(*given), monkeypatch.setattr(stores, "open_store", none))[0]
+    )
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["setting"]["note"].endswith("as the run has it: 5 GB is more than the free memory")
+    assert found["stages"]["store"] is None and found["later_epochs"] == found["first_epoch"]
+
+
+def test_a_cache_that_takes_nothing_is_not_measured(run_cli, photos, tmp_path, quick, monkeypatch):
+    beside = stores.beside
+    monkeypatch.setattr(stores, "beside", lambda file: beside(None))
+    done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--store", "disk")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert "the cache's disk was not measured" in found["setting"]["note"] and found["stages"]["store"] is not None
+    assert left(tmp_path) == []
+
+
+def test_no_more_is_measured_than_memory_has_room_for(run_cli, photos, quick, monkeypatch):
+    free = 4 * 3 * 40 * 40 * 10  # a quarter of it takes ten images
+    monkeypatch.setattr("sslpre.bench.room", SimpleNamespace(memory=lambda: free))
+    found = json.loads(run_cli("bench", "simclr", photos, *SMALL, "--json").out)
+    assert found["setting"]["measured"] == 10
 
 
 def test_ctrl_c_leaves_nothing(run_cli, photos, tmp_path, quick, monkeypatch):
@@ -345,20 +568,21 @@ def test_views_are_compiled_as_in_the_run_and_for_its_batch_alone(run_cli, photo
             self.batches.append(len(index))
         return make(self, pixels, size, index, epoch)
 
-    def start(self):
+    def start(self, by):
         made.append(self)
         self.batches = []
 
     monkeypatch.setattr(room, "STORED", 20 * 3 * 40 * 40)
     monkeypatch.setattr("sslpre.train.build.compiler", lambda where: "a compiler")
-    monkeypatch.setattr("sslpre.train.build.repays", lambda where, pixels: not asked.append(pixels))
+    monkeypatch.setattr("sslpre.train.build.repays", lambda where, saved: not asked.append(saved))
     monkeypatch.setattr(Views, "compile", start)
+    monkeypatch.setattr(Views, "made", property(lambda self: "compiled by X" if self in made else "eager"))
     monkeypatch.setattr(Views, "__call__", call)
     done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--set", "train.epochs=7")
     assert done.code == 0, done.err
     found = json.loads(done.out)["setting"]
     assert found["measured"] == 20 and found["compiled"] and found["compile_s"] > 0
-    assert "views      2 of 32 px, compiled by a compiler in " in done.err
+    assert "views      2 of 32 px, compiled by X in " in done.err
     assert [set(views.batches) for views in made] == [{8}], "never the few images of the first try"
     tables = {"encoder": {"backbone": "test_resnet", "image_size": 32}, "train": {"batch_size": 8, "epochs": 7}}
     _, images, _, recipe = planned(Options("simclr", photos, (), tables), torch.device("cpu"))
@@ -394,4 +618,4 @@ def test_several_processes_are_refused(run_cli, monkeypatch):
 
 
 def test_every_stage_loads_or_computes():
-    assert (*shown.LOADING, *timed.COMPUTING) == STAGES
+    assert (*advised.LOADING, *timed.COMPUTING) == STAGES

@@ -1,6 +1,7 @@
 """The scripts tests/benchmarks/fidelity.py and growth.py at a tiny size: what they count is right, and they finish."""
 
 import json
+import mmap
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
 FIDELITY = SimpleNamespace(**runpy.run_path(str(FOLDER / "fidelity.py")))
 GROWTH = SimpleNamespace(**runpy.run_path(str(FOLDER / "growth.py")))
 
@@ -27,14 +29,17 @@ def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
-def test_the_table_of_fidelity(photos, tmp_path, child):
+def test_the_table_of_fidelity(photos, tmp_path, monkeypatch, capsys):
     words = (photos, "--view", 16, "--images", 6, "--crops", 3, "--json", tmp_path / "f.json")
-    lines = run("fidelity.py", *words, child=child).splitlines()
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *map(str, words)])
+    FIDELITY.main()
+    lines = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "f.json").read_text())
+    assert report["commit"] is not None and report["machine"]["cpu"] and "torch" in report["versions"]
     assert report["images"] == 6
     assert report["median_size"] == [40, 40]
     rows = {row["form"]: row for row in report["forms"]}
-    assert len(lines) == len(rows) + 4
+    assert len(lines) == len(rows) + 4, "an empty line, the title, the head and its rule"
     assert rows["squashed 16"]["bytes"] == 16 * 16 * 3
     assert rows["squashed 32, auto"]["bytes"] == 32 * 32 * 3
     assert rows["full size"]["psnr"] == {"0.08-1": [99.0, 99.0], "0.2-1": [99.0, 99.0]}
@@ -79,15 +84,24 @@ def test_the_forms_keep_what_they_say():
 
 
 def test_the_table_of_growth(tmp_path, child):
-    words = ("--most", 1000, "--largest", 1024, "--json", tmp_path / "g.json")
-    run("growth.py", *words, child={**child, "TMPDIR": str(tmp_path)})
+    words = ("--most", 1000, "--largest", 0, "--json", tmp_path / "g.json")
+    printed = run("growth.py", *words, child={**child, "TMPDIR": str(tmp_path)})
     report = json.loads((tmp_path / "g.json").read_text())
+    assert report["commit"] is not None and report["machine"]["cpu"] and "torch" in report["versions"]
+    assert "1,000" in printed and printed.count(" met") == 1
+    assert report["files"][0]["store"] == "ram" and report["files"][0]["store_seconds"] > 0
     assert [row["files"] for row in report["files"]] == [1000]
-    assert [row["rows"] for row in report["rows"]] == [512, 1024]
-    for row in report["files"] + report["rows"]:
-        assert 0 <= row["mb"] < 500
-    assert all(row["seconds"] > 0 for row in report["rows"])
+    assert report["rows"] == [] and 0 <= report["files"][0]["mb"] < 500
+    assert 0.15 < report["files"][0]["store_mb"] < 10, "at least the rows of a batch, at most all of 3 MB and a little"
     assert not list(tmp_path.glob("sslpre-growth-*"))
+
+
+def test_the_rows_of_growth(monkeypatch):
+    monkeypatch.setitem(GROWTH.all_rows.__globals__, "ours", lambda what, size: GROWTH.measure_rows(int(size)))
+    found = GROWTH.all_rows(1100)
+    assert [row["rows"] for row in found] == [512, 1024]
+    assert all(row["seconds"] > 0 and 0 <= row["mb"] < 500 for row in found)
+    assert found[1]["matrix_mb"] == pytest.approx(4 * 1024 * 1024 / 1e6)
 
 
 def test_files_are_named_once_and_read(tmp_path, monkeypatch):
@@ -104,10 +118,15 @@ def test_files_are_named_once_and_read(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_the_peak_is_counted_anew():
-    big = np.ones(60_000_000, np.uint8)
-    del big
+    def written() -> mmap.mmap:  # not by malloc, which may keep what is freed
+        pages = mmap.mmap(-1, 60_000_000)
+        for at in range(0, len(pages), mmap.PAGESIZE):
+            pages[at] = 1
+        return pages
+
+    written().close()
     before = GROWTH.resident()
     assert GROWTH.peak() - before < 20e6
-    again = np.ones(60_000_000, np.uint8)
+    again = written()
     assert 50e6 < GROWTH.peak() - before < 90e6
-    del again
+    again.close()

@@ -336,3 +336,35 @@ def test_what_a_cpu_computes_wrongly_is_refused(run_cli, photos):
     done = run_cli("pretrain", "rotation", photos, *words, "--precision", "bf16")
     assert done.code == 2 and "strided convolutions of one pixel" in done.err and "--precision fp32" in done.err
     assert run_cli("pretrain", "rotation", photos, *words, "--precision", "fp32").code == 0
+
+
+def test_a_run_goes_on_with_the_store_that_was_typed(run_cli, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSLPRE_CACHE", str(tmp_path / "cache"))
+    done = run_cli("pretrain", "simclr", photos, *SMALL, "--epochs", "2", "--store", "disk")
+    assert done.code == 0, done.err
+    (file,) = (tmp_path / "cache").iterdir()
+    assert f"store      on disk, 230 kB, `{file}`" in done.err
+    assert "done       runs/simclr-1 was finished already" in run_cli("pretrain", "--resume", "last").err
+
+    run = tmp_path / "runs/simclr-1"
+    weights = load_file(run / "encoder/model.safetensors")
+    for typed, told in (((), f"on disk, 230 kB, `{file}`: every image is there"), (("--store", "off"), "off")):
+        shutil.rmtree(run / "checkpoints/step-00000012")
+        done = run_cli("pretrain", "--resume", "last", *typed)
+        assert done.code == 0, done.err
+        assert f"resume     views eager; images stored {told}" in done.err
+        for name, tensor in load_file(run / "encoder/model.safetensors").items():
+            assert torch.equal(tensor, weights[name]), "no store changes a bit"
+
+
+def test_a_packed_file_is_found_from_anywhere(run_cli, photos, tmp_path, monkeypatch):
+    packed = run_cli("pack", photos, "here.pack", "--size", "32", "--json")
+    assert packed.code == 0, packed.err
+    words = ("pretrain", "simclr", photos, *SMALL, "--set", "data.store_size=32", "--store")
+    assert run_cli(*words, "here.pack").code == 0
+    state = json.loads((tmp_path / "runs/simclr-1/checkpoints/step-00000006/state.json").read_text())
+    assert (state["store"], state["stored"]) == (str(tmp_path / "here.pack"), "disk")
+    message, hint = last_words(run_cli("pretrain", "simclr", photos, *SMALL, "--store", "here.pack"), 6)
+    assert "holds images of 32 px, not of 40" in message
+    assert hint.startswith("--store auto")
+    assert last_words(run_cli(*words, "none.pack"), 3)[0].startswith(f"there is no file `{tmp_path}")

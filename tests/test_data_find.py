@@ -202,6 +202,15 @@ class Later:
         return add
 
 
+def test_written_changes_with_the_limit_of_pixels(tmp_path):
+    """Which images are bad is a part of what is stored."""
+    make(tmp_path, "a.jpg", "b.jpg")
+    one, same, other = (find(tmp_path, limit).train for limit in (1000, 1000, 1001))
+    assert one.written == same.written != other.written
+    assert one.fingerprint == other.fingerprint
+    assert subset(one, np.array([0])).written != subset(other, np.array([0])).written
+
+
 def test_written_changes_with_every_time_of_modification(tmp_path):
     make(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg")
     for name, time in (("a/1.jpg", 10**18), ("b/2.jpg", 10**18 + 1), ("b/3.jpg", -5)):

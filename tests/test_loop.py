@@ -339,6 +339,23 @@ def test_a_device_that_is_not_waited_for_still_stops_the_run_before_it_writes(ev
     assert [line["step"] for line in metrics(run)] == ([1, 2, 3, 4] if every == 1 else [])
 
 
+def test_what_a_step_that_was_not_finite_breaks_later_is_not_taken_for_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", 1000)
+    monkeypatch.setattr(finite, "BEHIND", {"cpu": 1})
+    run = start("average", tmp_path, method={"breaks": "loss"})
+    loss = run.objective.loss
+
+    def draws(batch):
+        if len(run.objective.calls) == 5:  # as torch.multinomial does with weights that are NaN
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return loss(batch)
+
+    monkeypatch.setattr(run.objective, "loss", draws)
+    with pytest.raises(SslpreError, match="loss not finite at step 5") as refused:
+        loop.train(run)
+    assert isinstance(refused.value.__cause__, RuntimeError) and run.step == 4
+
+
 @pytest.mark.parametrize("name", ["rotation", "game"])
 def test_a_loss_that_does_not_couple_takes_any_micro_batch(name, tmp_path):
     """8 images as 3 + 3 + 2 or at once, in a network without batch statistics: weights, losses, draws."""

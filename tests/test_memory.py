@@ -247,3 +247,34 @@ def test_with_batch_normalisation_the_parts_are_the_reference():
     assert torch.allclose(got[0], expected[0], atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(got[1], expected[1], strict=True))
     assert all(torch.allclose(got[2][name], expected[2][name], atol=1e-12) for name in stats)
+
+
+FREED = """
+    import numpy, resource
+    from sslpre.train.memory import keep_freed
+    keep_freed()
+    def faults(count):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            torch.zeros(10 << 20)  # 40 MB, above what malloc would ever keep by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    faults(2)
+    print(faults(20))
+"""
+
+
+@pytest.mark.skipif(memory.glibc() is None, reason="for glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step(tmp_path, child):
+    """Twenty times 40 MB touch hardly a new page; but where the user says so, each of them is new each time."""
+    counts = []
+    for told in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+        done = subprocess.run(
+            [sys.executable, "-c", "import torch\n" + textwrap.dedent(FREED)],
+            cwd=tmp_path,
+            env={**child, **told},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append(int(done.stdout))
+    assert 20 * counts[0] < counts[1], counts

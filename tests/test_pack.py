@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sslpre.cli import pack as verb
 from sslpre.data.find import Folder, find
@@ -68,6 +70,37 @@ def test_the_size_is_that_of_pretrain(run_cli, photos):
     assert file_of(found.train, recipe.data.store_size).is_file()
     assert "size       40 px (as `sslpre pretrain simclr` has it here)" in done.err
     assert done.err.splitlines()[-1] == f"next: sslpre pretrain simclr {photos}"
+
+
+@pytest.mark.skipif(pick("auto").type == "cuda", reason="there is a GPU")
+def test_the_size_of_a_run_on_a_gpu_is_told(run_cli, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "large").mkdir()
+    for i in range(16):
+        pixels = rng.integers(0, 256, (300, 320, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "large" / f"{i}.jpg")
+    done = run_cli("pack", "large", "--workers", "1")
+    assert done.code == 0, done.err
+    lines = done.err.splitlines()
+    assert lines[1].startswith("size       128 px (as `sslpre pretrain simclr` has it here)")  # views of 64 px
+    assert lines[2] == "           a run on a GPU keeps them at 300 px: sslpre pack large --size 300"  # of 224
+    assert "GPU" not in run_cli("pack", "large", "--size", "128").err
+
+
+def test_without_a_home_a_file_must_be_named(run_cli, photos, monkeypatch, tmp_path):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SSLPRE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    error, hint = last_words(run_cli("pack", photos, "--size", "16"), 3)
+    assert (error, hint) == (
+        "there is no home folder, and `SSLPRE_CACHE` is not set",
+        "name a file: sslpre pack IMAGES OUT",
+    )
+    assert run_cli("pack", photos, "here.pack", "--size", "16").code == 0
+    assert (tmp_path / "here.pack").is_file()
 
 
 def test_a_second_time_nothing_is_decoded(run_cli, photos, monkeypatch):

@@ -418,6 +418,41 @@ def test_three_ways_to_blur_are_one_function(side: int, half: int, sigma: float)
     torch.testing.assert_close(images[0], theirs[0], atol=1e-5, rtol=0)
 
 
+def test_a_gpu_takes_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours and blur by products, whose temporaries must not grow with the batch."""
+    taken = []
+
+    def counted(images: Tensor, *rest: Any) -> Tensor:
+        taken.append(len(images))
+        return by_products(images, *rest)
+
+    by_products, plan = blur.by_products, colour.draw_jitter(View(**SIMCLR), draws(40), "view0")
+    images, rows, sigma = photos(40, 24).float() / 255, torch.arange(0, 40, 2), torch.linspace(0.1, 2.0, 20)
+    monkeypatch.setattr(blur, "by_products", counted)
+    monkeypatch.setattr(colour, "_at_once", lambda images: len(images))
+    whole, parts = images.clone(), images.clone()
+    colour.jitter(whole, plan)
+    colour.gray(whole, rows)
+    monkeypatch.setattr(colour, "_at_once", lambda images: 3)
+    colour.jitter(parts, plan)
+    colour.gray(parts, rows)
+    assert torch.equal(parts, whole)
+    expected = images.clone()
+    blur.blur(expected, rows, sigma, 3)
+    monkeypatch.setattr(blur, "_ROOM", 7 * 4 * 24 * 24 * 15)
+    blur.blur_by_products(images, rows, sigma, 3)
+    assert taken == [7, 7, 6]
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_a_gpu_takes_many_images_at_a_time() -> None:
+    """Few enough for 256 MB, enough that a group of a common batch is one launch for each operation."""
+    meta = torch.empty(512, 3, 32, 32, device="meta")
+    assert colour._at_once(meta) >= 512
+    large = torch.empty(512, 3, 224, 224, device="meta")
+    assert colour._at_once(large) >= 64 and colour._at_once(large) * 224 * 224 * 4 * colour._PLANES <= 2**28
+
+
 def test_kernel_of_one_pixel_changes_nothing() -> None:
     images = photos(2, 8).float() / 255
     ours = images.clone()

@@ -2,22 +2,32 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import sysconfig
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslpre.errors import SslpreError
 from sslpre.recipe import View
-from sslpre.views import crop
+from sslpre.views import colour, crop, pool
 from sslpre.views.build import Views, _in_one_copy, centre, compiler, repays
 from sslpre.views.draw import chosen, uniform
+from sslpre.views.fused import Compiled
 
 STRENGTH = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 SIMCLR: dict[str, Any] = {"jitter": 0.8, **STRENGTH, "gray": 0.2, "blur": 0.5, "copies": 2}
@@ -260,7 +270,7 @@ def fresh() -> Iterator[None]:
 
 
 def compiled(views: Views, backend: str = "eager") -> Views:
-    views.compile(backend)
+    views.compile("g++", backend)
     return views
 
 
@@ -270,8 +280,6 @@ def test_compiled_views_are_the_same_from_one_graph_a_side(fresh: None) -> None:
     tables = [View(**SIMCLR, kornia=(SOLARIZE,)), View(), View(**colourful, size=144)]
     tables += [View(**colourful, size=64), View(**colourful, size=32)]
     ours, plain = compiled(Views(tables, 96, 3)), Views(tables, 96, 3)
-    assert ours.fused(torch.device("cpu")) == 2 * 96**2 + 64**2 + 32**2
-    assert ours.fused(torch.device("cuda")) == 2 * 96**2 + 64**2 + 32**2 + 144**2
     pixels, size = photos(6, 100), torch.randint(20, 300, (6, 2), generator=torch.Generator().manual_seed(0))
     assert ours.graphs == 0
     for epoch, rows in itertools.product(range(2), (torch.arange(4), torch.arange(2, 6))):
@@ -287,6 +295,22 @@ def test_compiled_views_are_the_same_from_one_graph_a_side(fresh: None) -> None:
         torch.testing.assert_close(first, turned.flip(0), atol=1e-6, rtol=0)
         torch.testing.assert_close(first[:3], part, atol=1e-5, rtol=0)
     assert ours.graphs == 3 and plain.graphs == 0
+    assert ours.recompiled == 0 and ours.made == "compiled by g++" and plain.made == "eager"
+
+
+def test_a_graph_that_is_made_anew_is_counted(fresh: None) -> None:
+    ours, numbers = Compiled("eager"), torch.rand(4, 33)
+    raw = torch.rand(4, 3, 24, 24) * 255
+    assert (ours.graphs, ours.recompiled) == (0, 0)
+    for some, has_hue, counts in (
+        (raw, True, (1, 0)),
+        (raw + 1, True, (1, 0)),
+        (raw, False, (2, 0)),  # another kind of table
+        (raw.byte(), True, (3, 0)),
+        (raw.contiguous(memory_format=torch.channels_last), True, (4, 1)),  # the same, lying otherwise in memory
+    ):
+        ours(some, numbers, True, has_hue)
+        assert (ours.graphs, ours.recompiled) == counts
 
 
 def test_callers_modes_do_not_reach_the_graph(fresh: None) -> None:
@@ -314,11 +338,54 @@ def test_a_compiler_that_fails_is_said_once(
     views, rows = compiled(Views([View(**SIMCLR), View(**SIMCLR, size=24)], 32, 0)), torch.arange(4)
     pixels, size = photos(4, 32), sizes(4, 32, 32)
     expected = run(Views([View(**SIMCLR), View(**SIMCLR, size=24)], 32, 0), rows, pixels, size)
+    assert views.made == "compiled by g++"
     for _ in range(2):
         assert all(map(torch.equal, run(views, rows, pixels, size), expected))
+        assert views.made == "eager"
     said = capsys.readouterr().err
     assert said.count("views are made without a compiler") == 1 and "no such header" in said
     assert "much more" not in said
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_compiler_without_a_folder_ends_nothing(
+    threads: int, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch.compile imports what makes a cache folder; where that may not be made it raises OSError by itself."""
+
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(30, "Read-only file system", "/cache")
+
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "compile", closed)
+    tables = [View(**SIMCLR), View(**SIMCLR, size=128)]
+    views, rows = compiled(Views(tables, 32, 0)), torch.arange(4)
+    pixels, size = photos(4, 32), sizes(4, 32, 32)
+    expected = run(Views(tables, 32, 0), rows, pixels, size)
+    for _ in range(2):
+        assert all(map(torch.equal, run(views, rows, pixels, size), expected))
+    assert (views.made, views.graphs, views.recompiled) == ("eager", 0, 0)
+    said = capsys.readouterr().err
+    assert said.count("views are made without a compiler") == 1 and "Read-only file system" in said
+
+
+def test_a_cache_folder_that_cannot_be_made_ends_nothing() -> None:
+    """In a process of its own, whose first import of the compiler fails."""
+    script = """if True:
+        import torch
+        from sslpre.recipe import View
+        from sslpre.views.build import Views
+        torch.set_num_threads(1)
+        views = Views([View(jitter=1.0, hue=0.2)], 32, 0)
+        views.compile("g++")
+        for _ in range(2):
+            views(torch.zeros(2, 3, 32, 32).byte(), torch.full((2, 2), 32), torch.arange(2), 0)
+        print(views.made)
+    """
+    closed = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=closed, capture_output=True, text=True)
+    assert done.stdout == "eager\n", done.stderr
+    assert done.stderr.count("views are made without a compiler") == 1
 
 
 @pytest.mark.slow
@@ -354,10 +421,117 @@ def test_what_would_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_a_short_run_is_not_worth_compiling_for() -> None:
-    cpu, sample_set = torch.device("cpu"), 2000 * 2 * 32**2
-    assert not repays(cpu, 10 * sample_set) and repays(cpu, 1000 * sample_set)
-    assert not repays(cpu, 0) and not repays(torch.device("mps"), 1e15)
-    assert not repays(torch.device("cuda"), 1e9) and repays(torch.device("cuda"), 1e12)
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    views = Views([View(**SIMCLR)], 32, 0)
+    epoch = 2000 // 256 * views.saves(cpu, 256)
+    assert not repays(cpu, 10 * epoch) and repays(cpu, 1000 * epoch)
+    assert not repays(cpu, 0.0) and not repays(mps, 1e15)
+    for batch in (512, 1024):  # CIFAR-10 on a GPU
+        epoch = 50_000 // batch * views.saves(cuda, batch)
+        assert not repays(cuda, 5 * epoch) and repays(cuda, 200 * epoch)
+
+
+def test_what_compiling_saves() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    one = Views([View(**SIMCLR | {"copies": 1})], 32, 0)
+    more = Views([View(**SIMCLR | {"copies": 1}), View(**SIMCLR, size=64), View(flip=1.0, size=48)], 32, 0)
+    assert more.saves(cpu, 8) == pytest.approx(9 * one.saves(cpu, 8)) == pytest.approx(4.5 * one.saves(cpu, 16))
+    # launches are as many for a large batch or view
+    assert more.saves(cuda, 8) == pytest.approx(3 * one.saves(cuda, 1024))
+    assert Views([View()], 32, 0).saves(cuda, 8) == 0 == Views([View()], 32, 0).saves(cpu, 8)
+    large = Views([View(**SIMCLR)], 224, 0)
+    assert large.saves(cpu, 8) == 0 < large.saves(cuda, 8)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that make numbers: on a GPU each is a kernel or two."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.count += not function.is_view and function is not torch.ops.aten._unsafe_view.default
+        return made
+
+
+def test_launches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colour, "_PIXELS_AT_ONCE", 2**30)
+    images, rows = torch.rand(96, 3, 4, 4), torch.arange(96)
+    for operation in range(4):
+        strength = {name: value for place, (name, value) in enumerate(STRENGTH.items()) if place == operation}
+        plan = colour.draw_jitter(View(jitter=1.0, **strength), partial(uniform, 0, 0, rows), "view0")
+        assert len(plan.groups) == 4
+        with Launches() as launches:
+            colour.jitter(images, plan)
+        assert launches.count == 4 * colour.LAUNCHES[operation]
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("count", [1, 5, 29])
+def test_threads_change_no_bit(threads: int, count: int) -> None:
+    """Large views, the crops of middling ones, and the centre."""
+    tables = [View(**SIMCLR, size=130), View(size=100, crop_scale=(0.05, 1.0))]
+    pixels, size, rows = photos(count, 144), sizes(count, 144, 144), torch.arange(count)
+    alone = [*run(Views(tables, 144, 3), rows, pixels, size), centre(pixels, size, 96)]
+    torch.set_num_threads(threads)
+    for _ in range(2):
+        ours = [*run(Views(tables, 144, 3), rows, pixels, size), centre(pixels, size, 96)]
+        assert all(map(torch.equal, ours, alone))
+    assert torch.get_num_threads() == threads
+
+
+@given(count=st.integers(0, 200), threads=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_every_row_has_one_turn(count: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    turns, where = torch.zeros(count, dtype=torch.int64), set()
+
+    def work(rows: slice) -> None:
+        turns[rows] += 1
+        where.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        assert threads == 1 or not torch.is_grad_enabled()
+
+    pool.share(work, count)
+    assert (turns == 1).all()
+    assert where == {(True, 1) if threads == 1 else (False, 1)}
+    assert torch.get_num_threads() == threads
+
+
+def test_one_pool_as_long_as_torch_has_as_many_threads() -> None:
+    def threads_after(count: int) -> set[threading.Thread]:
+        torch.set_num_threads(count)
+        pool.share(lambda rows: None, 64)
+        return {thread for thread in threading.enumerate() if thread.name.startswith("sslpre-views")}
+
+    three = threads_after(3)
+    assert len(three) == 3 and threads_after(3) == three
+    two = threads_after(2)
+    assert len(two) == 2 and not two & three and not any(thread.is_alive() for thread in three)
+    assert threads_after(1) == two  # one thread has no use for a pool
+
+
+def test_what_a_thread_raises_is_raised_after_all_have_ended() -> None:
+    torch.set_num_threads(2)
+    running, turns = [0], []
+
+    def work(rows: slice) -> None:
+        running[0] += 1
+        turns.append(rows.start)
+        try:
+            if rows.start == 0:
+                raise MemoryError("no room for a view")
+            time.sleep(0.02)
+        finally:
+            running[0] -= 1
+
+    with pytest.raises(MemoryError, match="no room"):
+        pool.share(work, 8)
+    assert running == [0] and 0 in turns
+    pool.share(lambda rows: turns.append(rows.stop), 8)
+    assert max(turns) == 8
 
 
 # --- the way to the device -------------------------------------------------------------------------------------------

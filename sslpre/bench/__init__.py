@@ -6,12 +6,11 @@ nothing of it is written but the table.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,22 +18,23 @@ import numpy as np
 import torch
 
 from sslpre.bench import stages as timed
-from sslpre.bench.table import Report, Setting, Timing, Whole, weighed
+from sslpre.bench import stores
+from sslpre.bench.setting import described
+from sslpre.bench.stores import Chosen, Measured
+from sslpre.bench.table import Report, Timing, Whole, weighed
 from sslpre.data import room
 from sslpre.data.find import Found, subset
-from sslpre.data.packed import amount, file_of, form_of
-from sslpre.data.rows import InRam, OnDevice, Store
-from sslpre.data.store import open_store
+from sslpre.data.rows import Store
 from sslpre.data.stream import Stream
 from sslpre.errors import SslpreError
 from sslpre.objective import Objective
 from sslpre.recipe import Recipe
 from sslpre.start import Start
 from sslpre.train import device, loop, memory, step
-from sslpre.train.build import build, own_cores
+from sslpre.train.build import build
 from sslpre.train.progress import duration
 from sslpre.train.run import Options, planned
-from sslpre.views.build import Views, compiler
+from sslpre.views.build import Views
 
 Say = Callable[[str], None]
 STORED = 256 << 20  # bytes of decoded images to measure with: more than a processor's caches hold
@@ -45,16 +45,19 @@ EAGER = "eager"  # how a run calls views that are not compiled
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The store that the run would have: "device", "ram", "disk" or "off"; the line about it; images held already."""
+class Figures:
+    """What was measured. network_s: seconds to compile the network; stored: bytes of the store measured with."""
 
-    kind: str
-    line: str
-    held: int
+    stages: dict[str, Timing | None]
+    first: Whole
+    later: Whole
+    network_s: float
+    stored: int
+    note: str
 
 
 def bench(options: Options, say: Say = lambda line: None, busy: Say = lambda what: None) -> Report:
-    """Measure what `sslpre pretrain` with these options would do: half a minute, more where views are compiled.
+    """Measure what `sslpre pretrain` with these options would do: half a minute, more where something is compiled.
 
     say: prints one line about what was assumed; busy: shows what is being measured. Raises SslpreError as a run would,
     and exit 2 where several processes were started.
@@ -62,64 +65,42 @@ def bench(options: Options, say: Say = lambda line: None, busy: Say = lambda wha
     begun = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SslpreError("bench measures a single process", "type sslpre bench, without torchrun")
+    memory.keep_freed()
     where = device.pick(options.device)
     busy("the images")
     wanted, found, start, recipe = planned(options, where)
     with tempfile.TemporaryDirectory(prefix="sslpre-bench-") as folder:
         busy("what fits into memory")
-        run = prepared(Path(folder), options, recipe, found, where, start)
-        chosen = choose(options.store, found, recipe, run)
+        run, rows = prepared(Path(folder), options, recipe, found, where, start)
         compiled = compile_views(run, busy)
         step.fit(run)
+        again = recipe.train.epochs != 1 or type(run.objective).epoch_start is not Objective.epoch_start
+        side, whole = run.stream.side, found.train
+        chosen = stores.choose(options.store or "auto", whole, side, where, again, memory.spare(where))
         announced(run, wanted, recipe, found, chosen, compiled, say)
-        with opened(chosen.kind, run, Path(folder)) as kept:
-            stages, first, later = measure(run, kept, busy)
-        setting = described(options, recipe, found, chosen, run, compiled)
+        with stores.opened(chosen, run.stream.source, whole, rows, side, where) as kept:
+            figures = measure(run, kept, busy)
         peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else resident()
-    return Report(setting, stages, first, later, peak, time.monotonic() - begun)
+        setting = described(options, recipe, found, chosen, run, compiled, figures.network_s, figures.note)
+        more = len(whole) * 3 * side**2 - figures.stored if fills_memory(chosen, where) else 0
+    return Report(
+        setting, figures.stages, figures.first, figures.later, peak, max(0, peak + more), time.monotonic() - begun
+    )
 
 
-def choose(store: str, found: Found, recipe: Recipe, run: loop.Run) -> Chosen:
-    """What the run would have for a store. Nothing is made on disk: a file that is not there is reckoned with."""
-    assert recipe.train.epochs != "auto"
-    reuse = recipe.train.epochs > 1 or type(run.objective).epoch_start is not Objective.epoch_start
-    side, where = run.stream.side, run.device
-    place, needed = file_of(found.train, side), form_of(found.train, side).total
-    lacking = "" if place.exists() else too_large(place, needed)
-    if store == "disk" and not place.exists():
-        if lacking:
-            raise SslpreError(f"`--store disk` is not possible: {lacking}", "--store auto, or --store off", 3)
-        return on_disk(place, needed)
-    kept, line = open_store(store, found.train, side, where, reuse=reuse, write=False)
-    if kept is None and store == "auto" and reuse and not place.exists():
-        if not lacking:
-            return on_disk(place, needed)
-        line = f"{line.partition('; not on disk')[0]}; not on disk: {lacking}"
-    if kept is None:
-        return Chosen("off", line, 0)
-    with contextlib.closing(kept):
-        behind = kept.behind if isinstance(kept, InRam | OnDevice) else kept
-        return Chosen(kept.kind, line, behind.held if behind is not None else 0)
-
-
-def too_large(place: Path, needed: int) -> str:
-    """Why a file of so many bytes would not be made there; "" where it would."""
-    free = room.disk(place)
-    fits = needed <= free / 2
-    return "" if fits else f"{amount(needed)} is more than half of the free disk ({amount(free)} at {place.parent})"
-
-
-def on_disk(place: Path, needed: int) -> Chosen:
-    return Chosen("disk", f"on disk, {amount(needed)}, `{place}`", 0)
+def fills_memory(chosen: Chosen, where: torch.device) -> bool:
+    """Is the run's store in the memory whose peak is measured: the GPU's where there is one, else the process's?"""
+    return chosen.kind == ("device" if where.type == "cuda" else "ram")
 
 
 def prepared(
     folder: Path, options: Options, recipe: Recipe, found: Found, where: torch.device, start: Start | None
-) -> loop.Run:
-    """The run, on as many images as can be measured; its batch smaller where a step would take too long."""
+) -> tuple[loop.Run, np.ndarray]:
+    """The run, on as many images as can be measured, and which; its batch smaller where a step would take too long."""
     assert recipe.train.batch_size != "auto" and recipe.data.store_size != "auto" and recipe.train.epochs != "auto"
     batch, row, total = recipe.train.batch_size, 3 * recipe.data.store_size**2, len(found.train)
     count = min(total, max(2 * batch, min(max(IMAGES, 16 * batch), STORED // row)))
+    count = max(batch, min(count, (room.memory() or sys.maxsize) // 4 // row))
     rows = np.linspace(0, total - 1, count).round().astype(np.int64)
     few = replace(found, train=subset(found.train, rows))
     # as many steps as the run has: that decides whether its views are compiled
@@ -130,7 +111,7 @@ def prepared(
         if fewer < batch:
             run = build(folder, recipe.edit(train={"batch_size": fewer}), few, where, options.workers, start)
     run.recipe = run.recipe.edit(train={"epochs": 1_000_000})  # no step is the last one, whatever is measured
-    return run
+    return run, rows
 
 
 def affordable(run: loop.Run) -> int:
@@ -163,33 +144,28 @@ def streamed(run: loop.Run, store: Store | None, where: torch.device | None = No
     )
 
 
-@contextlib.contextmanager
-def opened(kind: str, run: loop.Run, folder: Path) -> Iterator[Store | None]:
-    """An empty store of this kind for the images that are measured; one on disk lies in `folder`."""
-    before = os.environ.get("SSLPRE_CACHE")
-    os.environ["SSLPRE_CACHE"] = str(folder)
-    try:
-        kept, _ = open_store(kind, run.stream.source, run.stream.side, run.device, reuse=True)
-    finally:
-        if before is None:
-            del os.environ["SSLPRE_CACHE"]
-        else:
-            os.environ["SSLPRE_CACHE"] = before
-    if kept is None:
-        yield None
-        return
-    with contextlib.closing(kept):
-        yield kept
-
-
 def compile_views(run: loop.Run, busy: Say) -> float:
     """Let the views be compiled, where the run has them so; the seconds that it took."""
-    if run.facts["views"] == EAGER:
+    if run.views.made == EAGER:
         return 0.0
     busy("views, which are compiled first")
     with run.stream.peek() as pixels:
         begun = time.monotonic()
         run.views(pixels.pixels, pixels.size, pixels.index, 0)
+        timed.wait(run.device)
+        return time.monotonic() - begun
+
+
+def compile_network(run: loop.Run, stream: Stream, busy: Say) -> float:
+    """A step of the run itself, by which its network is compiled, where it is; its seconds. Copies of it are not."""
+    if not run.recipe.train.compile:
+        return 0.0
+    busy("a first step, in which the network is compiled")
+    with stream.peek() as pixels:
+        begun = time.monotonic()
+        run.objective.train()
+        step.take_step(run, pixels, 0)
+        timed.wait(run.device)
         return time.monotonic() - begun
 
 
@@ -220,74 +196,54 @@ def announced(
         say(f"memory     {run.part} of {run.stream.batch_size} images at a time")
     say(f"store      {chosen.line}")
     if chosen.held:
-        say(f"           {chosen.held:,} images are in it already; the first epoch is measured as if none were")
-    what = f"{run.facts['views']}{f' in {duration(compiled)}' if compiled else ''}"
+        say(f"           {chosen.held:,} images are decoded already; the first epoch is measured as if none were")
+    what = run.views.made
+    if compiled:
+        what += ", for compiling them failed" if what == EAGER else f" in {duration(compiled)}"
     say(f"views      {len(run.views.sides)} of {', '.join(map(str, sorted(set(run.views.sides))))} px, {what}")
 
 
-def described(
-    options: Options, recipe: Recipe, found: Found, chosen: Chosen, run: loop.Run, compiled: float
-) -> Setting:
-    train = recipe.train
-    assert train.batch_size != "auto" and train.epochs != "auto" and recipe.encoder.image_size != "auto"
-    return Setting(
-        recipe=str(options.recipe),
-        images=str(options.images or recipe.data.images),
-        where=found.train.where,
-        count=len(found.train),
-        measured=len(run.stream.source),
-        device=device.label(run.device),
-        kind=run.device.type,
-        bf16=device.facts(run.device).bf16,
-        cores=own_cores(),
-        workers=run.stream.workers,
-        precision=train.precision,
-        compile=train.compile,
-        backbone=recipe.encoder.backbone,
-        image_size=recipe.encoder.image_size,
-        store_size=run.stream.side,
-        sides=run.views.sides,
-        batch_size=train.batch_size,
-        batch=run.stream.batch_size,
-        part=run.part,
-        epochs=train.epochs,
-        store=chosen.kind,
-        store_line=chosen.line,
-        held=chosen.held,
-        compiler=compiler(run.device),
-        compiled=bool(compiled),
-        graphs=run.views.graphs,
-        compile_s=compiled,
-    )
-
-
-def measure(run: loop.Run, kept: Store | None, busy: Say) -> tuple[dict[str, Timing | None], Whole, Whole]:
+def measure(run: loop.Run, kept: Measured, busy: Say) -> Figures:
     """Everything, in an order in which nothing is stored before the first epoch was measured."""
-    cpu = torch.device("cpu")
+    cpu, plain = torch.device("cpu"), run.stream
     stages: dict[str, Timing | None] = dict.fromkeys(("store", "copy"))
     busy("decoding")
     stages["decode"] = timed.loading(streamed(run, None, cpu))
     busy("the first epoch")
-    run.stream = streamed(run, kept)
+    run.stream = streamed(run, kept.store)
     loop.start_epoch(run, 0)
+    network_s = compile_network(run, plain, busy)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     epoch = run.stream.steps_per_epoch
     first = timed.whole(run, 0, epoch)
     later = first
-    if kept is not None:
-        busy("the store")
-        fill(kept)
-        stages["store"] = timed.loading(streamed(run, kept, run.device if kept.kind == "device" else cpu))
-        busy("later epochs")
-        later = timed.whole(run, epoch, epoch + timed.MOST)
-    with run.stream.peek() as pixels:
-        if run.device.type != "cpu" and (kept is None or kept.kind != "device"):
-            busy("copying")
-            stages["copy"] = timed.copying(pixels)
-        busy("views, forward, backward, optimiser")
-        stages |= timed.computing(run, pixels)
-    return stages, *judged(stages, first, later, kept)
+    with kept.later() as store:
+        if store is not None:
+            busy("the store")
+            place, most = (
+                run.device if store.kind == "device" else cpu,
+                min(timed.MOST, epoch) if kept.cold else timed.MOST,
+            )
+            forget(kept, store)
+            stages["store"] = timed.loading(streamed(run, store, place), most)
+            busy("later epochs")
+            forget(kept, store)
+            run.stream = streamed(run, store)
+            later = timed.whole(run, epoch, epoch + most)
+        with run.stream.peek() as pixels:
+            if run.device.type != "cpu" and (store is None or store.kind != "device"):
+                busy("copying")
+                stages["copy"] = timed.copying(pixels)
+            busy("views, forward, backward, optimiser")
+            stages |= timed.computing(run, pixels)
+    stored = kept.store.bytes if kept.store is not None and kept.store.kind != "disk" else 0
+    return Figures(stages, *judged(stages, first, later, store), network_s, stored, kept.note)
+
+
+def forget(kept: Measured, store: Store) -> None:
+    if kept.cold and isinstance(store, stores.Mapped):
+        store.forget()
 
 
 def judged(stages: dict[str, Timing | None], first: Whole, later: Whole, kept: Store | None) -> tuple[Whole, Whole]:
@@ -301,15 +257,6 @@ def judged(stages: dict[str, Timing | None], first: Whole, later: Whole, kept: S
         weighed(first, stages, ("decode", *copied), later.ms_per_step),
         weighed(later, stages, ("store", *copied), None),
     )
-
-
-def fill(kept: Store) -> None:
-    """Make every row ready: those not decoded yet get the pixels of one that is. For speed that is all the same."""
-    there = [i for i in range(len(kept)) if kept.ready(np.array([i]))]
-    canvas = np.empty((1, kept.side, kept.side, 3), np.uint8)
-    size = kept.gather(np.array(there[:1]), canvas)[0]
-    for i in sorted(set(range(len(kept))) - set(there)):
-        kept.put(i, canvas[0], (int(size[0]), int(size[1])))
 
 
 def resident() -> int:

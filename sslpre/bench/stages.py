@@ -16,6 +16,7 @@ COMPUTING = ("views", "forward", "backward", "optimiser")
 SECONDS = 2.0  # for a stage
 STEPS_SECONDS = 4.0  # for whole steps
 LEAST, MOST = 3, 50  # repeats, however short or long they are
+SKIPPED = 2  # whole steps at most that do not count: they begin with nothing loaded ahead
 
 
 def wait(device: torch.device) -> None:
@@ -42,10 +43,13 @@ def repeated(do: Callable[[], object], device: torch.device) -> list[float]:
     return times
 
 
-def loading(stream: Stream) -> Timing:
-    """Batches as the stream brings them, one after another, with nothing else to do: all its threads are at it."""
+def loading(stream: Stream, most: int = MOST) -> Timing:
+    """Up to `most` batches as the stream brings them, one after another, with nothing else to do; its threads all work.
+
+    One more is taken before, which does not count.
+    """
     times: list[float] = []
-    with contextlib.closing(stream.steps(0, MOST + 1)) as batches:
+    with contextlib.closing(stream.steps(0, most + 1)) as batches:
         begun = time.perf_counter()
         for _ in batches:
             wait(stream.device)
@@ -117,11 +121,14 @@ def rounds(run: loop.Run, pixels: Pixels) -> dict[str, float]:
 
 def whole(run: loop.Run, first: int, last: int) -> Whole:
     """The steps `first` to `last` - 1 of training, or as many of them as there is time for; at least one."""
+    wait(run.device)
     marks, waited = [time.perf_counter()], [run.stream.waited]
     with contextlib.closing(run.stream.steps(first, last)) as batches:
         for number, pixels in enumerate(batches, first):
             run.objective.train()
             step.take_step(run, pixels, number // run.stream.steps_per_epoch)
+            if len(marks) <= SKIPPED:  # the clock may start here: a GPU has done by then what was queued before
+                wait(run.device)
             marks.append(time.perf_counter())
             waited.append(run.stream.waited)
             spent = marks[-1] - marks[0]
@@ -129,7 +136,7 @@ def whole(run: loop.Run, first: int, last: int) -> Whole:
                 break
         wait(run.device)
         marks[-1] = time.perf_counter()
-    skipped = max(0, min(2, len(marks) - LEAST))  # the first ones begin with nothing loaded ahead
+    skipped = max(0, min(SKIPPED, len(marks) - LEAST))
     times = [after - before for before, after in zip(marks[skipped:], marks[skipped + 1 :], strict=False)]
     mean = sum(times) / len(times)
     share = (waited[-1] - waited[skipped]) / sum(times)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
+from sslpre.bench.advice import LOADING, advice
+from sslpre.bench.setting import Setting
 from sslpre.data.packed import amount
 from sslpre.train.progress import duration
 
 STAGES = ("decode", "store", "copy", "views", "forward", "backward", "optimiser")
-LOADING = ("decode", "store", "copy")
 WIDE = 0.25  # spread above which it is said
 LIGHT = 0.05  # share of a step below which nobody asks how steady a stage is
-DEAR = 0.15  # share of the run's time from which decoding is worth a word of advice
 
 
 @dataclass(frozen=True)
@@ -51,45 +50,13 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What was measured: the run that `sslpre pretrain` with the same words would be. Sizes in pixels and bytes."""
-
-    recipe: str
-    images: str  # as typed, "" for the sample set
-    where: str
-    count: int  # images
-    measured: int  # on so many of them
-    device: str
-    kind: str  # "cpu", "cuda" or "mps"
-    bf16: bool  # does the device compute in bfloat16?
-    cores: int
-    workers: int
-    precision: str
-    compile: bool
-    backbone: str
-    image_size: int
-    store_size: int
-    sides: tuple[int, ...]  # of the views
-    batch_size: int  # as the run would have it
-    batch: int  # that was measured: smaller where a whole one would take too long
-    part: int  # images in memory at a time, 0 for all
-    epochs: int
-    store: str  # "device", "ram", "disk" or "off"
-    store_line: str
-    held: int  # images that are stored already, before the run begins
-    compiler: str | None  # what could compile the views
-    compiled: bool  # are they?
-    graphs: int
-    compile_s: float  # seconds
-
-
-@dataclass(frozen=True)
 class Report:
     setting: Setting
     stages: dict[str, Timing | None]  # None: there is no such stage here
     first: Whole  # the first epoch, nothing stored yet
     later: Whole  # the others; the same as `first` without a store
     peak_memory: int  # bytes, of the process, or of the GPU where there is one
+    run_memory: int  # the same for the run, whose store in that memory may be larger than what was measured with
     seconds: float  # that the bench took
 
     @property
@@ -110,7 +77,8 @@ class Report:
         """Plain values; the keys are those of Setting, Timing and Whole. Shares in [0, 1].
 
         schema (1) · setting · stages {decode, store, copy, views, forward, backward, optimiser: Timing or null} ·
-        first_epoch, later_epochs (Whole) · peak_memory (bytes) · run_seconds, decoding_seconds (what the whole run
+        first_epoch, later_epochs (Whole) · peak_memory, run_memory
+        (bytes, as measured and as the run would take it) · run_seconds, decoding_seconds (what the whole run
         will take, and the part of it that is decoding) · seconds (the bench's own) · advice
         """
         stages = {name: asdict(found) if (found := self.stages.get(name)) else None for name in STAGES}
@@ -121,6 +89,7 @@ class Report:
             "first_epoch": asdict(self.first),
             "later_epochs": asdict(self.later),
             "peak_memory": self.peak_memory,
+            "run_memory": self.run_memory,
             "run_seconds": self.run_seconds,
             "decoding_seconds": self.decoding_seconds,
             "seconds": self.seconds,
@@ -176,66 +145,6 @@ def weighed(whole: Whole, stages: dict[str, Timing | None], reading: tuple[str, 
     )
 
 
-def advice(report: Report) -> str:
-    """One line: what limits the run, and what to type about it."""
-    setting = report.setting
-    decoding = report.decoding_seconds / report.run_seconds
-    if decoding > DEAR or (setting.store == "off" and report.first.limit == "decode"):
-        return about_decoding(report, decoding)
-    limit = report.later.limit
-    if limit in LOADING:
-        what = "bringing images is the limit, though they are decoded"
-        least = max(setting.sides)
-        if setting.store_size > least:
-            return f"{what}: --set data.store_size={max(least, setting.store_size * 3 // 4)}"
-        return f"{what}: --workers {setting.cores}" if setting.workers < setting.cores else f"{what}: --store ram"
-    if limit == "views":
-        return about_views(setting)
-    if limit == "optimiser":
-        return f"the optimiser is the limit: it costs less an image with --batch-size {2 * setting.batch_size}"
-    return about_network(setting)
-
-
-def about_decoding(report: Report, share: float) -> str:
-    setting = report.setting
-    text = f"decoding takes {share:.0%} of the run"
-    if setting.workers < setting.cores and setting.kind != "cpu":
-        return f"{text}: --workers {setting.cores}"
-    if setting.store_line == "off" and setting.epochs > 1:
-        return f"{text}, in every epoch again: leave out --store off"
-    if setting.store == "off" and setting.epochs > 1:
-        return f"{text}, in every epoch again: --store disk, with SSLPRE_CACHE naming a folder on a larger disk"
-    if not setting.images:
-        return f"{text}: the sample set is drawn anew for each run, a folder of images need not be"
-    command = f"sslpre pack {shlex.quote(setting.images)} --size {setting.store_size}"
-    return f"{text}, and later runs can begin without: {command}"
-
-
-def about_views(setting: Setting) -> str:
-    if setting.compiler is None and setting.kind in ("cpu", "cuda"):
-        what = "triton, gcc" if setting.kind == "cuda" else "g++"
-        return f"the views are the limit, and nothing is there to compile them: install {what} and python3-dev"
-    smaller = smaller_side(setting)
-    return f"the views are the limit: smaller ones are quicker, --image-size {smaller}"
-
-
-def about_network(setting: Setting) -> str:
-    text = "the network is the limit, nothing is gained from loading faster"
-    if setting.precision == "fp32" and setting.bf16:
-        return f"{text}: --precision bf16"
-    if setting.part and setting.batch == setting.batch_size:
-        return f"{text}; the batch does not fit in one piece: --batch-size {setting.part}"
-    if setting.kind == "cuda" and not setting.compile:
-        return f"{text}: --compile"
-    if setting.image_size > 32:
-        return f"{text}: --image-size {smaller_side(setting)}, or a lighter --backbone"
-    return f"{text}: a lighter --backbone, or fewer --epochs"
-
-
-def smaller_side(setting: Setting) -> int:
-    return max((side for side in (32, 64, 96, 128, 160, 224) if side < setting.image_size), default=32)
-
-
 def table(report: Report) -> str:
     head = line("stage", "images/s", "ms a step", "first epoch", "later epochs")
     rows = [row(name, report) for name in STAGES]
@@ -267,7 +176,12 @@ def notes(report: Report) -> list[str]:
     setting, found = report.setting, [waits("first epoch", report.first)]
     if setting.store != "off":
         found.append(waits("later epochs", report.later))
-    found.append(f"the whole run: about {duration(report.run_seconds)}; peak memory {amount(report.peak_memory)}")
+    found.append(f"the whole run: about {duration(report.run_seconds)}{compiling(setting)}")
+    more = report.run_memory - report.peak_memory
+    counted = f", of which {amount(more)} for images that were not stored here" if more > 0 else ""
+    found.append(f"peak memory of the run: about {amount(report.run_memory)}{counted}")
+    if setting.note:
+        found.append(f"note: {setting.note}")
     found.append("a stage was timed alone; on the right: what share of a whole step that is, some run beside others")
     if setting.batch < setting.batch_size:
         found.append(f"a step of {setting.batch} images; the run's have {setting.batch_size}")
@@ -278,6 +192,13 @@ def notes(report: Report) -> list[str]:
     if unsteady:
         found.append(f"note: unsteady, by more than a quarter: {', '.join(dict.fromkeys(unsteady))}")
     return found
+
+
+def compiling(setting: Setting) -> str:
+    """What is compiled before, and not in the time of any step."""
+    parts = {"views": setting.compile_s, "network": setting.network_s}
+    told = " and ".join(f"{duration(seconds)} to compile the {name}" for name, seconds in parts.items() if seconds)
+    return f", and {told}" if told else ""
 
 
 def waits(name: str, whole: Whole) -> str:

@@ -62,18 +62,21 @@ def pack(
 
 def write(images: str, out: str | None, side: int | None, workers: int, limit: float) -> dict[str, Any]:
     """Fill the file, and say so; gives the summary. Raises SslpreError: 3 no space, 4 no images, 20 bad images, 130."""
-    from sslpre.data.packed import amount, file_of
+    from sslpre.data.room import amount
     from sslpre.data.store import pack as fill
     from sslpre.data.stream import BadList
     from sslpre.train.progress import Display, duration, say
 
-    found, side, note = looked_at(images, side)
+    found, side, note, other = looked_at(images, side)
     source, total = found.train, len(found.train)
     place = None if out is None else Path(out)
-    path = place or file_of(source, side)
+    path = place or in_cache(source, side)
     before = already(source, side, path)
     say(f"images     {source.where}: {total:,} images" + (f" ({found.note})" if found.note else ""))
     say(f"size       {side} px{note}, {amount(total * side * side * 3)}")
+    if other:
+        words = ["sslpre", "pack", images, *([out] if out else []), "--size", str(other)]
+        say(f"           a run on a GPU keeps them at {other} px: {printable(shlex.join(words))}")
     say(f"file       {printable(str(path))}" + (f", {before:,} images are in it already" if before else ""))
     bad, clock = BadList(None, limit, total), Clock(total, before)
     with Display(total, 0) as display:
@@ -135,7 +138,8 @@ class Clock:
 
 def already(source: Source, side: int, path: Path) -> int:
     """How many of the images are in the file."""
-    from sslpre.data.packed import NotPossible, form_of, opened
+    from sslpre.data.cache import NotPossible, form_of
+    from sslpre.data.packed import opened
 
     try:
         with contextlib.closing(opened(path, form_of(source, side), write=False)) as packed:
@@ -144,14 +148,32 @@ def already(source: Source, side: int, path: Path) -> int:
         return 0
 
 
-def looked_at(images: str, side: int | None) -> tuple[Found, int, str]:
-    """The images that a run would train on, the side that they are kept at, and who chose it."""
+def in_cache(source: Source, side: int) -> Path:
+    """Where the file of these images is kept. Raises SslpreError (exit 3) where there is no such place."""
+    from sslpre.data.cache import NotPossible, file_of
+
+    try:
+        return file_of(source, side)
+    except NotPossible as error:
+        raise SslpreError(str(error), "name a file: sslpre pack IMAGES OUT", 3) from error
+
+
+def looked_at(images: str, side: int | None) -> tuple[Found, int, str, int | None]:
+    """The images that a run would train on, the side that they are kept at, who chose it, and what a GPU would have
+    chosen where there is none and that differs."""
     if side is not None:
         from sslpre.data.find import find
 
-        return find(Path(images)), side, ""
-    from sslpre.train.device import pick
+        return find(Path(images)), side, "", None
+    from sslpre.data.stream import short_side
+    from sslpre.train import device, plan
     from sslpre.train.run import Options, planned
 
-    _, found, _, recipe = planned(Options("simclr", Path(images)), pick("auto"))
-    return found, int(recipe.data.store_size), " (as `sslpre pretrain simclr` has it here)"
+    where = device.pick("auto")
+    wanted, found, _, recipe = planned(Options("simclr", Path(images)), where)
+    chosen, other = int(recipe.data.store_size), None
+    if where.type != "cuda":
+        gpu = device.Facts("cuda", True, 16)  # the size depends on the kind alone
+        there = plan.resolve(wanted, len(found.train), short_side(found.train), gpu)
+        other = int(there.data.store_size) if there.data.store_size != chosen else None
+    return found, chosen, " (as `sslpre pretrain simclr` has it here)", other

@@ -41,7 +41,7 @@ def pretrain(
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
     out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
     resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
-    store: Annotated[str, flag("--store", "WHERE", STORES)] = "auto",
+    store: Annotated[str | None, flag("--store", "WHERE", STORES)] = None,
     device: Annotated[str, flag("--device", "|".join(DEVICES), "Where to run.  [auto]")] = "auto",
     workers: Annotated[str | None, flag("--workers", "N", "Decoding threads.  [one per core]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON at the end.")] = False,

@@ -1,5 +1,6 @@
 """Images: find them (`find`) or draw them (`sample`), decode them (`decode`), once (`store`, whose rows lie in memory,
-`rows`, or in a file, `packed`, as there is `room`), bring them to the device (`stream`, over the `ferry`)."""
+`rows` and `shared`, or in a file, `packed`, in the `cache`, as there is `room`), bring them to the device (`stream`,
+over the `ferry`)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Source(Protocol):
 
     @property
     def written(self) -> str:
-        """Hexadecimal; changes with `fingerprint`, and when the time of modification of a file changes."""
+        """Hexadecimal; changes with `fingerprint`, the limit of pixels, and when a file was last modified."""
 
     @property
     def labels(self) -> np.ndarray:

@@ -43,7 +43,6 @@ from PIL import (
     features,
 )
 
-import sslpre
 from sslpre.data import BadImage
 
 try:
@@ -56,6 +55,7 @@ except ImportError:  # it is an extra
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs some faults too, which end in a BadImage anyway
 
+REVISION = 1  # of the pixels that `decode` and `to_canvas` make: raised whenever a change here changes any of them
 MAX_PIXELS = 200_000_000
 # TIFF and EXIF tags
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS, ORIENTATION = 256, 257, 258, 259, 262, 273, 274
@@ -119,7 +119,7 @@ def decode(path: str | bytes | Path, side: int | None = None, max_pixels: int = 
 def decoder() -> str:
     """One line that names all whose version can change a pixel of what `decode` and `to_canvas` make, us included."""
     turbo = features.version_feature("libjpeg_turbo")
-    names = [f"sslpre {sslpre.__version__}", f"torch {torch.__version__}", f"pillow {PIL.__version__}"]
+    names = [f"decoding {REVISION}", f"torch {torch.__version__}", f"pillow {PIL.__version__}"]
     names += [f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version_codec('jpg')}"]
     names += [f"simplejpeg {simplejpeg.__version__}"] if simplejpeg is not None else []
     return ", ".join(names)

@@ -63,16 +63,24 @@ class Ferry:
     def send(self, buffer: Tensor | None, index: np.ndarray, size: np.ndarray, fresh: np.ndarray | None) -> Sent:
         """Queue the images `index`, int64 [B], of these sizes, int64 [B, 2], whose pixels are in `buffer`.
 
-        With a store on the device, `fresh`, bool [B], says which rows of the buffer it has not; no buffer: none.
+        With a store on the device, `fresh`, bool [B], says which rows of the buffer it has not: only these are sent; no
+        buffer: none. What the buffer holds afterwards is undefined.
         """
+        new = np.arange(len(index)) if fresh is None else np.flatnonzero(fresh)
         with torch.cuda.stream(self._lane):
-            rows = None if buffer is None else buffer[: len(index)].to(self.device, non_blocking=self._lane is not None)
+            rows = None if buffer is None or not len(new) else self._copy(_first(buffer, new))
             if buffer is not None and self._lane is not None:
                 self._used.append((buffer, self._lane.record_event()))
             if self._store is not None:
-                rows = self._stored(self._store, rows, index, size, fresh)
+                if rows is not None:
+                    self._store.scatter(index[new], rows, size[new])
+                if rows is None or len(new) < len(index):
+                    rows = self._store.pick(index)
             assert rows is not None
             return Sent(rows, self._lane.record_event() if self._lane is not None else None)
+
+    def _copy(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device, non_blocking=self._lane is not None)
 
     def deliver(self, sent: Sent) -> Tensor:
         """The batch, [B, S, S, 3] on the device, for whatever the current stream computes from now on."""
@@ -82,16 +90,10 @@ class Ferry:
             sent.rows.record_stream(now)  # it was allocated for another stream
         return sent.rows
 
-    @staticmethod
-    def _stored(
-        store: OnDevice, rows: Tensor | None, index: np.ndarray, size: np.ndarray, fresh: np.ndarray | None
-    ) -> Tensor:
-        if rows is None or fresh is None:
-            return store.pick(index)
-        if fresh.all():
-            store.scatter(index, rows, size)
-            return rows
-        if fresh.any():
-            new = np.flatnonzero(fresh)
-            store.scatter(index[new], rows.index_select(0, store.sent(new)), size[new])
-        return store.pick(index)
+
+def _first(buffer: Tensor, new: np.ndarray) -> Tensor:
+    """The rows `new`, ascending, of a buffer, moved to its beginning."""
+    for at, row in enumerate(new.tolist()):
+        if at != row:
+            buffer[at].copy_(buffer[row])
+    return buffer[: len(new)]

@@ -48,7 +48,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Folder:
-    """The images below one folder, sorted by the bytes of their relative names. A Source."""
+    """The images below one folder, sorted by the bytes of their relative names. A Source.
+
+    written: changes also with `max_pixels`, which decides which images are bad.
+    """
 
     root: bytes
     where: str
@@ -371,5 +374,5 @@ def _folder(root: bytes, where: str, index: _Index, max_pixels: int, like: Folde
     for part in (names, ends.astype("<i8").tobytes(), sizes.astype("<i8").tobytes()):
         digest.update(part)
     fingerprint = digest.hexdigest()
-    digest.update(index.times.digest())
+    digest.update(index.times.digest() + str(max_pixels).encode())
     return Folder(root, where, names, ends, sizes, labels, classes, max_pixels, fingerprint, digest.hexdigest())

@@ -3,113 +3,43 @@
 The file: one page that says what it holds (JSON), a table of one entry an image (height, width, CRC-32 of the row,
 whether it is there), the rows. All of it is reserved on the disk before the first row. A row is written first and its
 entry after it, and a row that was there when the file was opened is checked before it is used: so a process may be
-killed at any time, and a power cut costs rows, never right pixels.
+killed at any time, and a power cut costs rows, never right pixels. But a disk that fails under the map, or a file that
+somebody makes shorter, ends the processes that read it (SIGBUS): a run goes on from its last checkpoint, without it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import mmap
 import os
 import struct
-import sys
 import threading
 import time
 import uuid
 import weakref
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from sslpre.data import Source, decode, room
-from sslpre.data.rows import Size, Store
+from sslpre.data import room
+from sslpre.data.cache import ENTRY, PAGE, Form, NotPossible, beside, file_of, form_in, form_of
+from sslpre.data.room import amount
+from sslpre.data.rows import Size, Store, to_stderr
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
 except ImportError:  # Windows: nothing keeps a second writer out, so there is none at all
     flock = None  # type: ignore[assignment]
 
-PAGE = 4096
-MAGIC, FORMAT = "sslpre packed images", 1
-ENTRY = np.dtype([("height", "<u4"), ("width", "<u4"), ("crc", "<u4"), ("state", "<u4")])
+__all__ = ["PAGE", "Form", "NotPossible", "Packed", "Write", "amount", "file_of", "form_in", "form_of", "opened"]
+
+LONG = 4 << 30  # bytes that some disks take a while to reserve
 STORED = 1  # a state; 0 is what a reserved file is full of
 
 Write = bool | Literal["with"]  # "with": beside the process that has the lock, of the same run
-
-
-class NotPossible(Exception):
-    """There is no such store here; the text says why. `other`: the file holds something else."""
-
-    def __init__(self, reason: str, other: bool = False):
-        super().__init__(reason)
-        self.other = other
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a packed file holds. written: of the source; decoder: all whose version can change a pixel."""
-
-    images: int
-    side: int
-    written: str
-    decoder: str
-    shape: str = "squashed to a square"
-
-    @property
-    def key(self) -> str:
-        text = json.dumps([self.written, self.shape, self.side, self.decoder])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    @property
-    def rows_at(self) -> int:
-        """Where the rows begin, in bytes: at a page."""
-        return PAGE + -(-self.images * ENTRY.itemsize // PAGE) * PAGE
-
-    @property
-    def row(self) -> int:
-        return self.side * self.side * 3
-
-    @property
-    def total(self) -> int:
-        return self.rows_at + self.images * self.row
-
-    def page(self) -> bytes:
-        text = json.dumps({"what": MAGIC, "format": FORMAT, **vars(self), "key": self.key})
-        return text.encode().ljust(PAGE - 1) + b"\n"
-
-
-def form_of(source: Source, side: int) -> Form:
-    return Form(len(source), side, source.written, decode.decoder())
-
-
-def form_in(page: bytes) -> Form | None:
-    """What the first page of a file says, None where it is not that of a packed file."""
-    try:
-        told = json.loads(page)
-        if told.pop("what") != MAGIC or told.pop("format") != FORMAT:
-            return None
-        key, form = told.pop("key"), Form(**told)
-        return form if form.key == key else None
-    except (ValueError, TypeError, KeyError, AttributeError):  # whatever else a file may begin with
-        return None
-
-
-def file_of(source: Source, side: int) -> Path:
-    """Where images of this source in this form are kept: in the folder `SSLPRE_CACHE`, else the user's cache."""
-    return cache() / f"{form_of(source, side).key}.packed"
-
-
-def cache() -> Path:
-    """SSLPRE_CACHE, else XDG_CACHE_HOME/sslpre, else ~/.cache/sslpre."""
-    if own := os.environ.get("SSLPRE_CACHE"):
-        return Path(os.path.abspath(own))
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "sslpre"  # a relative one counts as none
 
 
 class Packed(Store):
@@ -122,54 +52,97 @@ class Packed(Store):
         super().__init__(form.images, form.side)
         self.path, self.where, self.form, self.writes = path, str(path), form, writes
         self.why_not = ""  # why nothing more is written
+        self.say = say or to_stderr
         self._shut = weakref.finalize(self, os.close, fd)  # and the lock is given back with it
-        self._fd, self._lock, self._say = fd, threading.Lock(), say or _to_stderr
+        self._fd, self._lock, self._users, self._closed = fd, threading.Lock(), 0, False
         view = mmap.mmap(fd, form.total, prot=mmap.PROT_READ)
         self._table = np.frombuffer(view, ENTRY, form.images, PAGE)
         pixels = np.frombuffer(view, np.uint8, form.images * form.row, form.rows_at)
         self._pixels = pixels.reshape(form.images, form.side, form.side, 3)
 
-    @property
-    def held(self) -> int:
-        return int((self._table["state"] == STORED).sum())
+    def rows(self) -> np.ndarray:
+        return self._table["state"] == STORED
 
     def take(self, i: int, out: np.ndarray) -> Size | None:
         if not self._there[i]:
             height, width, crc, state = self._table[i].item()
             if state != STORED or _crc(self._pixels[i], (height, width)) != crc:
-                return None
+                return None if self.writes else self._read(i, out)
             self._enter(i, (height, width))
         out[...] = self._pixels[i]
         return int(self._size[i, 0]), int(self._size[i, 1])
 
+    def _read(self, i: int, out: np.ndarray) -> Size | None:
+        """Row `i` past the map, which on a network disk lags behind writers elsewhere; None where it is not there."""
+        with self._open() as fd:
+            if fd is None:
+                return None
+            try:
+                entry = os.pread(fd, ENTRY.itemsize, PAGE + i * ENTRY.itemsize)
+                if len(entry) < ENTRY.itemsize or np.frombuffer(entry, ENTRY)["state"][0] != STORED:
+                    return None
+                row = os.pread(fd, self.form.row, self.form.rows_at + i * self.form.row)
+            except OSError:  # the disk fails: the image itself may still be read
+                return None
+        height, width, crc, _ = np.frombuffer(entry, ENTRY)[0].item()
+        pixels = np.frombuffer(row, np.uint8)
+        if len(row) < self.form.row or _crc(pixels, (height, width)) != crc:
+            return None
+        out[...] = pixels.reshape(out.shape)  # not entered: `gather` reads the map
+        return height, width
+
     def put(self, i: int, canvas: np.ndarray, size: Size) -> None:
-        if not self.writes:
-            return
         canvas = np.ascontiguousarray(canvas)
-        entry = np.array([(*size, _crc(canvas, size), STORED)], ENTRY)
+        with self._open() as fd:
+            if fd is None or not self.writes:
+                return
+            entry = np.array([(*size, _crc(canvas, size), STORED)], ENTRY)
+            try:
+                _write(fd, canvas.data, self.form.rows_at + i * self.form.row)
+                _write(fd, entry.tobytes(), PAGE + i * ENTRY.itemsize)
+            except OSError as error:
+                self._give_up(error)
+                return
+        with self._lock:
+            if not self._closed:
+                self._enter(i, size)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int | None]:
+        """The file's descriptor, which stays open meanwhile; None once the store is closed."""
+        with self._lock:
+            open_ = not self._closed
+            self._users += open_
         try:
-            _write(self._fd, canvas.data, self.form.rows_at + i * self.form.row)
-            _write(self._fd, entry.tobytes(), PAGE + i * ENTRY.itemsize)
-        except OSError as error:
-            self._give_up(error)
-        else:
-            self._enter(i, size)
+            yield self._fd if open_ else None
+        finally:
+            with self._lock:
+                self._users -= open_
+                last = self._closed and not self._users
+            if last:
+                self._shut()
 
     def gather(self, index: np.ndarray, out: np.ndarray) -> np.ndarray:
         np.take(self._pixels, index, axis=0, out=out, mode="clip")  # the lock is released, also while the disk is read
         return self.sizes(index)
 
     def close(self) -> None:
-        super().close()
-        self.writes = False
-        self._table, self._pixels = self._table[:0].copy(), self._pixels[:0].copy()  # the map goes with its last view
-        self._shut()
+        """As of every store; threads that are in `put` or `take` meanwhile end well, the last one closes the file."""
+        with self._lock:
+            super().close()
+            self.writes, self._closed, users = False, True, self._users
+            self._table, self._pixels = (
+                self._table[:0].copy(),
+                self._pixels[:0].copy(),
+            )  # the map goes with the last view
+        if not users:
+            self._shut()
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
             if self.writes:
                 self.writes, self.why_not = False, _reason(error)
-                self._say(f"nothing more is stored in `{self.path}`: {self.why_not}; the other images are decoded anew")
+                self.say(f"nothing more is stored in `{self.path}`: {self.why_not}; the other images are decoded anew")
 
 
 def opened(
@@ -184,7 +157,8 @@ def opened(
     """The packed file `path`. Raises NotPossible, where something else is there or the disk has no room for it.
 
     write: True takes the lock, or only reads where another process has it or the file may not be written; "with"
-    writes without the lock. make: a missing file is made. replace: so is one that holds something else.
+    writes without the lock. make: a missing file is made. replace: so is one that holds something else. say: prints a
+    line where it takes long to reserve the space, or when writing ends early; by default on stderr.
     """
     if flock is None:
         raise NotPossible("this system has no file locks")
@@ -219,7 +193,7 @@ def opened(
                     continue
                 if not locked:
                     raise NotPossible(f"`{path}` is shorter than it should be")
-                _reserve(fd, path, form, made)
+                _reserve(fd, path, form, made, say or to_stderr)
             keep = True
             return Packed(path, form, fd, locked or (write == "with" and writable), say)
         except OSError as error:
@@ -286,19 +260,22 @@ def _create(path: Path, form: Form, over: bool) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _reserve(fd: int, path: Path, form: Form, made: bool) -> None:
+def _reserve(fd: int, path: Path, form: Form, made: bool, say: Callable[[str], None]) -> None:
     """Take the whole file's space on the disk; a file that was just `made` for nothing goes again."""
     try:
         lacking, free = form.total - os.fstat(fd).st_blocks * 512, room.disk(path)
-        if lacking > free / 2:
-            raise NotPossible(f"{amount(lacking)} is more than half of the free disk ({amount(free)} at {path.parent})")
-        if not hasattr(os, "posix_fallocate"):
-            raise NotPossible("this system cannot reserve space on a disk")
-        os.posix_fallocate(fd, 0, form.total)
+        others = beside(path)
+        if lacking + others > (free + others) / 2:
+            more = f" and {amount(others)} of other packed files" if others else ""
+            are = "are more than half of that and" if others else "is more than half of"
+            raise NotPossible(f"{amount(lacking)}{more} {are} the free disk ({amount(free)} at {path.parent})")
+        if lacking > LONG:
+            say(f"reserving {amount(lacking)} for `{path}`")
+        room.reserve(fd, form.total)
     except OSError as error:
         _forget(path, made)
         raise NotPossible(f"no space can be reserved for `{path}`: {_reason(error)}") from error
-    except NotPossible:
+    except (NotPossible, KeyboardInterrupt):
         _forget(path, made)
         raise
 
@@ -318,15 +295,6 @@ def _difference(path: Path, found: Form | None, form: Form) -> str:
     return f"`{path}` was decoded by {found.decoder}, here it is {form.decoder}"
 
 
-def amount(count: float) -> str:
-    """Bytes in words: 196 MB."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:,.1f} {unit}" if count < 9.95 and unit != "bytes" else f"{count:,.0f} {unit}"
-
-
 def _crc(row: np.ndarray, size: Size) -> int:
     return zlib.crc32(struct.pack("<2I", *size), zlib.crc32(row.data))
 
@@ -341,7 +309,3 @@ def _write(fd: int, data: bytes | memoryview, at: int) -> None:
 
 def _reason(error: OSError) -> str:
     return os.strerror(error.errno).lower() if error.errno else str(error)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How much is free: memory for this process, by all that may limit it, and space on a disk. In bytes."""
+"""How much is free, in bytes: memory for this process, by all that may limit it, and a disk's space; and taking it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,45 @@ import os
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+PIECE = 1 << 30  # bytes of a file that are reserved in one call, which no signal interrupts
 NO_LIMIT = 1 << 60  # version 1 writes a number near 2**63 where there is no limit
 
 
 def memory() -> int | None:
-    """Memory that this process can take without swapping or being killed; None where the system does not say."""
-    limits = [available(_text(PROC / "meminfo")), address_space(), *cgroup_rooms(_text(PROC / "self/cgroup"))]
+    """Memory that this process can take without swapping or being killed; None where the system does not say.
+
+    Where the kernel has no word for it, half of what the machine has.
+    """
+    free, whole = available(_text(PROC / "meminfo")), physical()
+    if free is None and whole is not None:
+        free = whole // 2
+    limits = [free, address_space(), *cgroup_rooms(_text(PROC / "self/cgroup"))]
     known = [limit for limit in limits if limit is not None]
     return max(0, min(known)) if known else None
+
+
+def physical() -> int | None:
+    """All memory of the machine; None where the system does not say."""
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call, other systems not every name
+        return None
+    return pages * size if pages > 0 and size > 0 else None
+
+
+def reserve(fd: int, total: int) -> None:
+    """Make the file `total` bytes long, with space on the disk for all of them; what is in it stays. Raises OSError.
+
+    In pieces, between which Ctrl-C is heard; a file that was left half done goes on where it ends. A system without
+    `posix_fallocate` writes zeros from the end of the file on.
+    """
+    if hasattr(os, "posix_fallocate"):
+        for at in range(0, total, PIECE):
+            os.posix_fallocate(fd, at, min(PIECE, total - at))
+        return
+    zeros, at = bytes(1 << 20), os.fstat(fd).st_size
+    while at < total:
+        at += os.pwrite(fd, zeros[: total - at], at)
 
 
 def disk(path: Path) -> int:
@@ -23,6 +54,15 @@ def disk(path: Path) -> int:
         place = place.parent
     free = os.statvfs(place)
     return free.f_bavail * free.f_frsize
+
+
+def amount(count: float) -> str:
+    """Bytes in words: 196 MB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:,.1f} {unit}" if count < 9.95 and unit != "bytes" else f"{count:,.0f} {unit}"
 
 
 def available(meminfo: str) -> int | None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sslpre.data import BadImage, Source, room
+from sslpre.data import BadImage, Source, room, shared
+from sslpre.data.cache import Form, NotPossible, file_of, form_of, in_cache, path_of
 from sslpre.data.decode import to_canvas
-from sslpre.data.packed import Form, NotPossible, Packed, Write, amount, file_of, form_of, opened
-from sslpre.data.rows import InRam, OnDevice, Size, Store
+from sslpre.data.packed import Packed, Write, opened
+from sslpre.data.room import amount
+from sslpre.data.rows import InMemory, InRam, OnDevice, Size, Store
 from sslpre.errors import SslpreError
 
 if TYPE_CHECKING:
@@ -50,67 +52,82 @@ def open_store(
     reuse: bool,
     share: int = 1,
     write: Write = True,
+    spare: int | None = None,
+    join: str = "",
     say: Callable[[str], None] | None = None,
 ) -> tuple[Store | None, str]:
     """The store for a run on `source`, and one line for people: where, how large, why not a better place.
 
     wanted: one of KINDS, or the path of a packed file. "auto" takes the GPU where the images fill at most a quarter of
-    its memory, else RAM up to half of what is free, else a file in the cache up to half of the free disk, else none.
-    reuse: will images be read more than once? If not, "auto" stores nothing. share: processes of this run on this
-    machine, each of which holds its own copy in RAM. write: may the file be written? "with": beside the first process
-    of this run, whose store `.writes`. A store in memory takes what it can from the file, and writes nothing there.
+    its memory and what is to `spare` of it, else RAM up to half of what is free, else a file in the cache up to half of
+    the free disk, else none. reuse: will images be read more than once? If not, "auto" stores nothing, and only reads a
+    file that is there.
+
+    share: processes of this run on this machine. One of them opens its store first, with write=True; where that store
+    has a `.join`, the others hand it in and get the same memory, else each holds its own copy in RAM. write: may the
+    file be written? "with": beside the first process, whose store `.writes`. A store in memory takes what it can from
+    the file, and writes nothing there. spare: bytes of the GPU's memory that "auto" may take; None: what is free there.
 
     Raises SslpreError: exit 3 where the store that was asked for is not possible here, 6 where the file that was named
-    holds something else. `say` prints a line when writing ends early, by default on stderr.
+    holds something else. `say` prints a line when storing ends early, by default on stderr.
     """
-    if wanted == "off" or (wanted == "auto" and not reuse):
-        return None, "off" if wanted == "off" else "off: every image is read once"
     device, form, why_not = torch.device(device), form_of(source, side), ""
+    if wanted == "off":
+        return None, "off"
     if wanted not in KINDS:
-        return _named(Path(wanted), source, form, write, say)
-    kinds = [kind for kind in KINDS[1:4] if kind != "device" or device.type == "cuda"] if wanted == "auto" else [wanted]
+        return _named(Path(wanted), form, write, say, source.where)
+    auto = wanted == "auto"
+    if auto and not reuse:
+        return _read_once(form)
+    if wanted == "device" and device.type != "cuda":
+        raise SslpreError("`--store device` is for CUDA, which is not used here", "--store ram", 3)
+    kinds = [kind for kind in KINDS[1:4] if kind != "device" or device.type == "cuda"] if auto else [wanted]
+    if join:
+        kinds = ["ram", *(kind for kind in kinds if kind != "ram")]  # what the first process of this machine took
     for kind in kinds:
         try:
             if kind == "disk":
-                packed = opened(file_of(source, side), form, write=write, make=True, replace=True, say=say)
-                return packed, _line(packed, packed, write) + why_not
-            behind, auto = _behind(source, side, form), wanted == "auto"
-            store: InRam | OnDevice
-            if kind == "device" and device.type == "cuda":
-                store = _on_device(form, device, auto, behind)
-            else:
-                store = _in_ram(form, share, auto, behind)
-                why_not += "; `device` is for CUDA" if kind == "device" else ""
-            return store, _line(store, behind, write) + why_not
+                packed = opened(path_of(form), form, write=write, make=True, replace=True, say=say)
+                return packed, _line(packed, packed, write) + RID + _siblings(form, packed) + why_not
+            with _let_go(_behind(form)) as behind:
+                if kind == "device":
+                    store: InMemory = _on_device(form, device, auto, spare, behind)
+                else:
+                    store = _in_ram(form, share, auto, behind, write is True, join, say)
+            return store, _line(store, behind, write) + _siblings(form, behind) + why_not
         except NotPossible as error:
-            if wanted != "auto":
+            if not auto:
                 hint = "--store auto, which takes what is possible, or --store off"
                 raise SslpreError(f"`--store {wanted}` is not possible: {error}", hint, 3) from error
             why_not += f"; not {PLACES[kind]}: {error}"
-    return None, "off" + why_not
+    return None, "off" + _siblings(form, None) + why_not
 
 
 PLACES = {"device": "on the GPU", "ram": "in RAM", "disk": "on disk"}
+RID = "; it may be deleted when no run uses it"
 
 
-def _named(
-    path: Path, source: Source, form: Form, write: Write, say: Callable[[str], None] | None
-) -> tuple[Store, str]:
+def _read_once(form: Form) -> tuple[Packed | None, str]:
+    found = _behind(form)
+    return (None, "off: every image is read once") if found is None else (found, _line(found, found, False) + RID)
+
+
+def _named(path: Path, form: Form, write: Write, say: Callable[[str], None] | None, images: str) -> tuple[Store, str]:
     try:
         packed = opened(path, form, write=write, say=say)
     except NotPossible as error:
         if error.other:
-            hint = f"--store auto, or pack `{source.where}` again into another file"
+            hint = f"--store auto, or pack `{images}` again into another file"
             raise SslpreError(str(error), hint, 6) from error
         hint = f"--store {', '.join(KINDS)}, or the name of a file that `sslpre pack` made"
         raise SslpreError(str(error), hint, 3) from error
     return packed, _line(packed, packed, write)
 
 
-def _behind(source: Source, side: int, form: Form) -> Packed | None:
+def _behind(form: Form) -> Packed | None:
     """The cache's file of these images, to read what is in it; None where there is none that can be used."""
     try:
-        packed = opened(file_of(source, side), form, write=False)
+        packed = opened(path_of(form), form, write=False)
     except NotPossible:  # then everything is decoded: nothing was asked of the file
         return None
     if packed.held:
@@ -119,44 +136,64 @@ def _behind(source: Source, side: int, form: Form) -> Packed | None:
     return None
 
 
-def _on_device(form: Form, device: torch.device, auto: bool, behind: Packed | None) -> OnDevice:
+def _on_device(form: Form, device: torch.device, auto: bool, spare: int | None, behind: Packed | None) -> OnDevice:
     needed, whole = form.images * form.row, torch.cuda.get_device_properties(device).total_memory
-    try:
-        if auto and needed > whole / 4:
+    if auto:
+        least = torch.cuda.mem_get_info(device)[0] if spare is None else spare
+        if needed > whole / 4:
             raise NotPossible(f"{amount(needed)} is more than a quarter of its {amount(whole)}")
+        if needed > least:
+            raise NotPossible(f"{amount(needed)} is more than the {amount(least)} of its {amount(whole)} to spare")
+    try:
         return OnDevice(form.images, form.side, device, behind)
     except torch.OutOfMemoryError as error:
-        _close(behind)
         raise NotPossible(f"{amount(needed)} is more than what is free of its {amount(whole)}") from error
-    except NotPossible:
-        _close(behind)
-        raise
 
 
-def _in_ram(form: Form, share: int, auto: bool, behind: Packed | None) -> InRam:
-    needed, free = form.images * form.row * share, room.memory()
-    times = f"{share} x {amount(form.images * form.row)}" if share > 1 else amount(needed)
+def _in_ram(
+    form: Form,
+    share: int,
+    auto: bool,
+    behind: Packed | None,
+    leads: bool,
+    join: str,
+    say: Callable[[str], None] | None,
+) -> InRam:
+    """Memory of this process alone; of several on a machine the first makes it for all, and the others `join` it."""
+    size, told = InRam.extent(form.images, form.side), "the system does not give"
+    if join:
+        try:
+            return InRam(form.images, form.side, behind, shared.joined(join, size, form.key), say)
+        except OSError as error:
+            told = f"the memory of the first process is out of reach ({error}), and the system does not give"
+    together = share > 1 and leads and shared.POSSIBLE
+    copies = 1 if together else share
+    needed, free = form.images * form.row * copies, room.memory()
+    times = f"{copies} x {amount(form.images * form.row)}" if copies > 1 else amount(needed)
+    if free is None and auto:
+        raise NotPossible("this system does not say how much memory is free")
+    if free is not None and needed > (free / 2 if auto else free):
+        raise NotPossible(f"{times} is more than {'half of ' if auto else ''}the free memory ({amount(free)})")
     try:
-        if free is None and auto:
-            raise NotPossible("this system does not say how much memory is free")
-        if free is not None and needed > (free / 2 if auto else free):
-            raise NotPossible(f"{times} is more than {'half of ' if auto else ''}the free memory ({amount(free)})")
-        return InRam(form.images, form.side, behind)
-    except MemoryError as error:
-        _close(behind)
-        raise NotPossible(f"the system does not give {amount(form.images * form.row)} to one process") from error
-    except NotPossible:
-        _close(behind)
+        memory = shared.made(size, form.key) if together else None
+        return InRam(form.images, form.side, behind, memory, say)
+    except (MemoryError, OSError) as error:
+        raise NotPossible(f"{told} {amount(form.images * form.row)} to one process") from error
+
+
+@contextlib.contextmanager
+def _let_go(file: Packed | None) -> Iterator[Packed | None]:
+    """The file, closed where nothing comes of the store before it."""
+    try:
+        yield file
+    except BaseException:
+        if file is not None:
+            file.close()
         raise
-
-
-def _close(store: Store | None) -> None:
-    if store is not None:
-        store.close()
 
 
 def _line(store: Store, file: Packed | None, write: Write) -> str:
-    line = f"{PLACES[store.kind]}, {amount(store.bytes)}"
+    line = f"{PLACES[store.kind]}, {amount(store.bytes)}" + (", once for all processes here" if store.join else "")
     if file is None:
         return line
     line += f", `{file.path}`" if file is store else f", read from `{file.path}`"
@@ -165,6 +202,20 @@ def _line(store: Store, file: Packed | None, write: Write) -> str:
     if file is store and write and not file.writes and held < len(file):
         line += "; it is only read, another process writes it or it may not be written"
     return line
+
+
+def _siblings(form: Form, file: Packed | None) -> str:
+    """Whether the cache has these images in another form, where nothing is there in this one."""
+    if file is not None and file.held:
+        return ""
+    for other in in_cache():
+        if other.written != form.written or other == form or (there := _behind(other)) is None:
+            continue
+        there.close()
+        if other.side != form.side:
+            return f"; a file of these images at {other.side} px is there, this run wants {form.side}"
+        return f"; a file of these images decoded by {other.decoder} is there, here it is {form.decoder}"
+    return ""
 
 
 def pack(
@@ -183,13 +234,15 @@ def pack(
     Raises SslpreError: exit 3 where the file cannot be made, is being written by another process, or the disk fails;
     6 where it holds something else; 20 from `bad`.
     """
-    form, place = form_of(source, side), path or file_of(source, side)
-    hint = "name another file, or a disk with room" if path else "name a file: sslpre pack IMAGES OUT"
-    failure: list[str] = []
+    form, hint = form_of(source, side), "name a file: sslpre pack IMAGES OUT"
+    if path is not None:
+        hint = "name another file, or a disk with room"
     try:
-        packed = opened(place, form, write=True, make=True, replace=path is None, say=failure.append)
+        place = path or path_of(form)
+        packed = opened(place, form, write=True, make=True, replace=path is None)
     except NotPossible as error:
         raise SslpreError(str(error), hint, 6 if error.other else 3) from error
+    packed.say = lambda line: None  # what ends the writing is the error below
     try:
         if not packed.writes and packed.held < len(packed):
             message = f"`{place}` is being written by another process, or may not be written"
@@ -200,7 +253,7 @@ def pack(
                 bad.add(source, i, reason)
             done += count
             progress(done)
-            if failure:
+            if packed.why_not:
                 message = f"writing `{place}` failed: {packed.why_not}"
                 raise SslpreError(message, f"make room, and the same command goes on; or {hint}", 3)
     except BaseException:

@@ -251,6 +251,7 @@ class Stream:
         self.workers, self.device, self.bad = workers, torch.device(device), bad
         self.steps_per_epoch = len(source) // batch_size
         self.waited = 0.0
+        self._reasons: dict[int, str] = {}  # of bad images, which are decoded once
         self.keep(store)
 
     def keep(self, store: Store | None) -> None:
@@ -301,7 +302,7 @@ class Stream:
         pool = ThreadPoolExecutor(self.workers, "sslpre-decode") if self.workers else None
         # One batch beyond the current, more where a batch is too small to occupy every worker; with a GPU another, so
         # that the next one is whole, and its copy queued, when the current is handed out.
-        ahead = 2 + self.workers * PART // self.batch_size + (self.device.type == "cuda") if pool else 1
+        ahead = 2 + self.workers * PART // (self.batch_size // self.world) + (self.device.type == "cuda") if pool else 1
         waiting: deque[_Batch] = deque()
         try:
             for rows in batches:
@@ -367,11 +368,13 @@ class Stream:
             for i in ((first + k) % len(self.source) for k in range(patience)):
                 if stop.is_set():
                     return outcome
-                try:
-                    self._place(batch, canvas, slot, i)
-                    break
-                except BadImage as error:
-                    outcome.bad.append((i, error.reason))
+                if i not in self._reasons:
+                    try:
+                        self._place(batch, canvas, slot, i)
+                        break
+                    except BadImage as error:
+                        self._reasons[i] = error.reason
+                outcome.bad.append((i, self._reasons[i]))
             else:
                 outcome.gave_up = True
                 return outcome

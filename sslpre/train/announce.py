@@ -63,7 +63,9 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
         f"device     {device.label(run.device)}, {shown('train', 'precision')}, {run.stream.workers} decoding threads, "
         f"views {run.facts['views']}"
     )
-    say(f"store      {kept}; images at {shown('data', 'store_size')} px")
+    say(f"store      {kept}")
+    jpegs = "simplejpeg" if "simplejpeg" in run.facts["decoder"] else "Pillow; pip install 'sslpre[fast]' is faster"
+    say(f"           images at {shown('data', 'store_size')} px, JPEGs by {jpegs}")
     if run.part:
         note = "; batch normalisation sees these alone" if norms(network) else ""
         each = f" in each of {run.stream.world} processes" if run.stream.world > 1 else ""
@@ -98,7 +100,7 @@ def expected(run: Run, tried: float) -> float:
     learned, decoded = spent, batch * decoding(stream)
     left = anew = run.steps - run.step
     if stream.store is not None:  # each image is decoded once
-        anew = min(left, math.ceil((len(stream.source) - stream.store.held) / stream.batch_size))
+        anew = min(left, math.ceil((len(stream.source) - stream.store.near) / stream.batch_size))
     return (left - anew) * learned + anew * (learned + decoded if run.device.type == "cpu" else max(learned, decoded))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from sslpre import recipe as recipes
 from sslpre.data.decode import decoder
 from sslpre.data.find import Found, find
 from sslpre.data.packed import Packed, Write
+from sslpre.data.rows import InRam
 from sslpre.data.sample import sample
 from sslpre.data.store import open_store
 from sslpre.data.stream import BadList, Stream
@@ -52,9 +52,9 @@ def build(
     assert recipe.encoder.image_size != "auto" and table.batch_size != "auto"
     views = Views(recipe.views, recipe.encoder.image_size, table.seed)
     refuse(recipe, found, views)
-    by = compiler(where) if repays(where, pixels_of(recipe, views, len(found.train), where)) else None
+    by = compiler(where) if repays(where, saved(recipe, views, len(found.train), where)) else None
     if by is not None:
-        views.compile()
+        views.compile(by)
     reseed(table.seed, "init")
     objective = (
         make_objective(recipe, len(found.train), len(found.train.classes), views.sides, start)
@@ -78,7 +78,9 @@ def build(
         "sslpre": sslpre.__version__,
         "torch": torch.__version__,
         "decoder": decoder(),
-        "views": "eager" if by is None else f"compiled by {by}",
+        "views": views.made,
+        "store": "auto",
+        "stored": "",
     }
     optimisers = optim.build(objective, recipe.optim, where)
     if ranks.world() > 1:
@@ -134,12 +136,12 @@ def refuse_points(objective: Objective, side: int) -> None:
             )
 
 
-def pixels_of(recipe: Recipe, views: Views, images: int, where: torch.device) -> float:
-    """Pixels of all views that this process makes in the whole run, where compiling makes them faster."""
+def saved(recipe: Recipe, views: Views, images: int, where: torch.device) -> float:
+    """Seconds that compiling the views takes off this process's part of the whole run."""
     table = recipe.train
     assert table.batch_size != "auto" and table.epochs != "auto"
-    taken = table.epochs * (images // table.batch_size) * table.batch_size // ranks.world()
-    return float(taken) * views.fused(where)
+    steps = table.epochs * (images // table.batch_size)
+    return steps * views.saves(where, table.batch_size // ranks.world())
 
 
 def stream_of(folder: Path, recipe: Recipe, found: Found, where: torch.device, workers: int | None) -> Stream:
@@ -176,29 +178,39 @@ def sharers() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def keep(run: loop.Run, wanted: str) -> str:
+def keep(run: loop.Run, wanted: str, spare: int | None) -> str:
     """Give the run a store for its decoded images, as `open_store` has it; one line about it.
 
-    On each machine one process makes the file; where it may write, so may the others beside it. Raises as `open_store`,
-    in every process alike.
+    Of the processes on one machine the first opens it, and the others share what it has: its memory, or the right to
+    write its file. Raises as `open_store`; exit 15 where not every process has the same error.
     """
-    stream = run.stream
+    stream, leads, told = run.stream, os.environ.get("LOCAL_RANK", "0") == "0", list[str]()
     again = run.recipe.train.epochs != 1 or type(run.objective).epoch_start is not Objective.epoch_start
-    leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    told: list[str] = []
 
-    def take(write: Write) -> None:
+    def take(write: Write, join: str) -> None:
         if not told:
-            store, line = open_store(
-                wanted, stream.source, stream.side, run.device, reuse=again, share=sharers(), write=write, say=say
+            opened = open_store(
+                wanted,
+                stream.source,
+                stream.side,
+                run.device,
+                reuse=again,
+                share=sharers(),
+                write=write,
+                spare=spare,
+                join=join,
+                say=say,
             )
-            stream.keep(store)
-            told.append(line)
+            stream.keep(opened[0])
+            told.append(opened[1])
 
-    distributed.alike(lambda: take(True) if leads else None)
-    writes = isinstance(stream.store, Packed) and stream.store.writes
-    machines = distributed.collected([(socket.gethostname(), writes)])
-    distributed.alike(lambda: take("with" if (socket.gethostname(), True) in machines else False))
+    distributed.alike(lambda: take(True, "") if leads else None)
+    store, machine = stream.store, os.environ.get("GROUP_RANK", "0")
+    mine = (machine, isinstance(store, Packed) and store.writes, store.join if isinstance(store, InRam) else "")
+    leaders = {name: (writes, join) for name, writes, join in distributed.collected([mine] if leads else [])}
+    writes, join = leaders[machine]
+    distributed.alike(lambda: take("with" if writes else False, join))
+    run.facts |= {"store": wanted, "stored": "" if stream.store is None else stream.store.kind}
     return told[0]
 
 

@@ -52,5 +52,16 @@ def refuse(run: Run, written: bool = False) -> None:
         step, read = run.asked.popleft()
         loss, all_of_it = read().tolist()
         if not all_of_it:
+            run.step = step - 1
             message = f"{'gradient' if loss else 'loss'} not finite at step {step}; nothing of this step was kept"
             raise distributed.everywhere(SslpreError(message, "lower --lr, or use --precision fp32", 10))
+
+
+def explain(run: Run, error: Exception) -> None:
+    """Raises SslpreError (exit 10) where `error` came after a step that was not finite, and so perhaps of it."""
+    try:
+        refuse(run, written=True)
+    except SslpreError as cause:
+        raise cause from error
+    except RuntimeError:  # a GPU that has failed answers nothing more: then `error` is all that is known
+        run.asked.clear()

@@ -134,6 +134,7 @@ def write(run: Run, meter: Meter) -> None:
         "part": run.part,
         "processes": ranks.world(),
         **run.facts,
+        "views": run.views.made,
     }
     optim_state = optim.state_by_name(run.objective, run.optimisers)
     checkpoint.save(run.folder / "checkpoints", checkpoint.model_state(run.objective), optim_state, state)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import os
+import sys
 from typing import Any
 
 import torch
@@ -27,11 +30,46 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_SAYS)
 
 
+def keep_freed() -> None:
+    """Let glibc's malloc keep what one step frees for the next one.
+
+    It maps every tensor above 32 MB anew, and the system fills it with zeros page by page, at each step. Where the user
+    has told malloc anything, through its environment variables, that stands.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    told = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
+    if not told and (libc := glibc()) is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)  # what is larger, such as decoded images, is mapped and given back
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None  # musl has neither mallopt nor malloc_trim
+
+
 def release() -> None:
     """Give back what a failed try held. Call it when the error, whose traceback holds tensors, is gone."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if (libc := glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def spare(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that the run does not need: free ones, less what its rehearsed step took at most.
+
+    None for another device.
+    """
+    if device.type != "cuda":
+        return None
+    free, whole = torch.cuda.mem_get_info(device)
+    needed = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    return max(0, free - needed - whole // 20)
 
 
 def half(part: int, side: int) -> int:

@@ -18,6 +18,7 @@ from sslpre import export, weights
 from sslpre import recipe as recipes
 from sslpre import start as starts
 from sslpre.data.find import Found, find
+from sslpre.data.store import KINDS
 from sslpre.data.stream import short_side
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
@@ -43,7 +44,7 @@ class Options:
     resume: str | None = None
     device: str = "auto"
     workers: int | None = None
-    store: str = "auto"
+    store: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Finished:
 
 def pretrain(options: Options) -> Finished:
     """Start or resume a run and train it to its end. Raises SslpreError; exit 130 after Ctrl-C."""
+    memory.keep_freed()
     where = device.pick(options.device)
     distributed.join(where)
     try:
@@ -92,7 +94,10 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
         say(f"done       {run.folder} was finished already")
         summary = {"run": str(run.folder), "step": run.step, "finished": True}
         return Finished(run.folder, run.recipe, summary if distributed.first() else {})
-    say(f"store      {keep(run, options.store)}")
+    # on the device only where it was so: the size of the parts was found without it
+    spare = None if run.facts["stored"] == "device" else 0
+    kept = keep(run, wanted_store(options) or run.facts["store"], spare)
+    say(f"resume     views {run.facts['views']}; images stored {kept}")
     return finish(run)
 
 
@@ -108,6 +113,11 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
         if distributed.first():
             write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     return recipe
+
+
+def wanted_store(options: Options) -> str | None:
+    """What was typed for `--store`; the path of a file from the root, because a run may go on from elsewhere."""
+    return options.store if options.store in (None, *KINDS) else os.path.abspath(options.store)
 
 
 def said(options: Options) -> dict[str, dict[str, Any]]:
@@ -169,8 +179,9 @@ def start(options: Options, where: torch.device) -> Finished:
     run: loop.Run | None = None
     try:
         run = distributed.alike(lambda: build(folder, recipe, found, where, options.workers, begun))
-        kept = keep(run, options.store)
         tried = step.fit(run)
+        run.facts["views"] = run.views.made
+        kept = keep(run, wanted_store(options) or "auto", memory.spare(where))
         if distributed.first():
             if begun is not None:
                 keep_start(run, begun)
@@ -249,7 +260,7 @@ def go_on(run: loop.Run, parts_anew: bool = False) -> None:
             6,
         )
     for key in ("sslpre", "torch", "decoder", "views"):
-        was = saved.state.get(key, run.facts[key])  # the last two are newer than some checkpoints
+        was = saved.state.get(key, "not recorded")  # the last two are newer than some checkpoints
         if was != run.facts[key]:
             say(f"resume     {key} was {was}, is {run.facts[key]}: the run goes on, not bit for bit")
     checkpoint.load_model(run.objective, saved.model)
@@ -260,6 +271,7 @@ def go_on(run: loop.Run, parts_anew: bool = False) -> None:
         if memory.norms(run.objective):
             say("           batch normalisation sees these alone: the run goes on, not bit for bit")
     fewer(run, run.part if parts_anew else part)
+    run.facts |= {key: saved.state[key] for key in ("store", "stored") if key in saved.state}
     if processes != ranks.world():
         say(f"resume     {processes} processes so far, {ranks.world()} from now on: the run goes on, not bit for bit")
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
@@ -294,6 +306,8 @@ def finish(run: loop.Run) -> Finished:
         facts_of(run.recipe, run.objective.encoder, run.step, run.facts["data"]) | starts.recorded(run.folder),
         run.folder / "encoder",
     )
+    if run.views.recompiled:
+        say(f"hint: views were compiled {run.views.recompiled} times too often; please report it with the recipe")
     spent = run.seconds + figures["seconds"]
     say(
         f"done       {run.folder}: {run.step} steps in {duration(spent)}, {figures['images_per_s']:,.0f} images/s, "

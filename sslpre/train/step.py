@@ -39,7 +39,8 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
         try:
             sums = attempt(run, pixels, epoch, moved)
             break
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            finite.explain(run, error)
             if not memory.ran_out(error):
                 raise
             if moved or ranks.world() > 1:  # others wait for this process, or a step cannot be taken back
@@ -138,7 +139,7 @@ def fit(run: Run) -> float:
         while failed is None:
             try:
                 with ranks.alone():
-                    if run.facts["views"] != "eager":  # compile them: that is no part of a step's time
+                    if run.views.made != "eager":  # compile them: that is no part of a step's time
                         run.views(pixels.pixels, pixels.size, pixels.index, 0)
                     seconds = rehearse(run, pixels, part)
                 break

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # On a CPU so many pixels at a time, as in colour.
 _PIXELS_AT_ONCE = 2**15
+# Bytes that may lie between images and blurred images on a GPU, as in a crop.
+_ROOM = 2**28
 # Taps further from the middle than so many widths are left out of a large image: together they weigh less than 1e-6.
 _REACH = 5.0
 _TOGETHER = 16  # columns that go through one convolution
@@ -37,11 +39,20 @@ def blur(images: Tensor, rows: Tensor, sigma: Tensor, kernel: int) -> None:
     if kernel < 3 or not len(rows):
         return
     if images.device.type != "cpu":
-        images.index_copy_(0, rows, by_products(images.index_select(0, rows), sigma, kernel))
+        blur_by_products(images, rows, sigma, kernel)
         return
     most = max(1, _PIXELS_AT_ONCE // (images.shape[-1] * images.shape[-2]))
     for part, weights in zip(rows.split(most), taps(sigma, kernel).split(most), strict=True):
         images.index_copy_(0, part, by_taps(images.index_select(0, part), weights))
+
+
+def blur_by_products(images: Tensor, rows: Tensor, sigma: Tensor, kernel: int) -> None:
+    """As `blur`, in a few launches, which is what counts on a GPU; some images at a time."""
+    _, channels, side, _ = images.shape
+    # of one image: itself, between both products and after; about six matrices while its own is made
+    most = max(1, _ROOM // (4 * side * side * (3 * channels + 6)))
+    for part, widths in zip(rows.split(most), sigma.split(most), strict=True):
+        images.index_copy_(0, part, by_products(images.index_select(0, part), widths, kernel))
 
 
 def by_products(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sslpre.views import blur, colour, crop, fused
+from sslpre.views import blur, colour, crop, fused, pool
 from sslpre.views.draw import Draw, Drawn, chosen, uniform
 from sslpre.views.extra import Extra
 from sslpre.views.fused import Compiled
@@ -34,11 +34,17 @@ _DRAWS = {"box": (crop.NUMBERS,), "factors": (4,)} | dict.fromkeys(
 # On a CPU images of this side and larger are made one by one. μs per view on one core (Zen 5), all together : one by
 # one: 64 px 134 : 185 · 96 px 205 : 211 · 112 px 276 : 243 · 128 px 351 : 291; with half of them blurred 96 px
 # 256 : 331, 128 px 498 : 521, 160 px 795 : 688. All together and compiled 128 px takes 253.
+# On two idle cores, in threads of ours and one by one : all together, compiled by torch for its own threads: 128 px
+# 309 : 230, 224 px 464 : 450; with another process on the machine 409 : 501 and 759 : 1,078.
 _ALONE = 120
-# Seconds that compiling takes and nanoseconds that it saves a pixel. CPU: 6 to 11 s; colour takes 11.5 μs a view at
-# 32 px and 103 at 96 px, compiled 8.0 and 70 (one core, Zen 5). CUDA: not measured yet; reckoned from 150 launches of
-# 5 μs for a batch of 512 views at 32 px.
-_COMPILING = {"cpu": (10.0, 3.0), "cuda": (40.0, 0.5)}
+# Seconds that compiling takes: 6 to 11 on a CPU (one core, Zen 5); on CUDA reckoned, not measured yet.
+_COMPILING = {"cpu": 10.0, "cuda": 20.0}
+# Seconds that it saves a pixel on a CPU: colour takes 11.5 μs a view at 32 px and 103 at 96 px, compiled 8.0 and 70
+# (one core, Zen 5); on two cores whole views take 36, 79 and 165 at 32, 64 and 96 px, compiled 31, 66 and 124.
+_SAVED_ON_A_CPU = 3e-9
+# On CUDA eager colour is launches (`colour.LAUNCHES`), as many for a small batch as for a large one, which Python gives
+# out one by one: 272 a view with all four operations, compiled three. Seconds for each: reckoned, not measured yet.
+_LAUNCH = 5e-6
 
 
 class Views:
@@ -55,25 +61,37 @@ class Views:
         self._extras = [
             [Extra(entry, side) for entry in table.kornia] for table, side in zip(self._tables, self.sides, strict=True)
         ]
+        self._by = ""
         self._compiled: Compiled | None = None
+
+    @property
+    def made(self) -> str:
+        """How views are made: "eager", or "compiled by g++" (or triton) unless and until compiling has failed."""
+        return "eager" if self._compiled is None or self._compiled.failed else f"compiled by {self._by}"
 
     @property
     def graphs(self) -> int:
         """How many graphs were compiled so far."""
         return 0 if self._compiled is None else self._compiled.graphs
 
-    def fused(self, device: torch.device) -> int:
-        """How many pixels of one image's views `compile` would speed up on `device`; 0: it changes nothing there."""
-        pairs = zip(self.sides, self._tables, strict=True)
-        return sum(side * side for side, table in pairs if _has_colour(table) and not _alone(side, device))
+    @property
+    def recompiled(self) -> int:
+        """Graphs beyond the one that each side and kind of table needs: more than 0 is a fault."""
+        return 0 if self._compiled is None else self._compiled.recompiled
 
-    def compile(self, backend: str = "inductor") -> None:
+    def saves(self, device: torch.device, batch: int) -> float:
+        """Seconds that `compile` takes off making the views of `batch` images on `device`; 0: it changes nothing."""
+        pairs = zip(self.sides, self._tables, strict=True)
+        return sum(_saves(table, side, device, batch) for side, table in pairs if _fuses(side, table, device))
+
+    def compile(self, by: str, backend: str = "inductor") -> None:
         """From now on make colours with torch.compile, which takes seconds at the first batch of each side.
 
-        For batches of the size that comes first; any other, and large views on a CPU, which gain nothing, are made as
-        before, and equal to rounding. If compiling fails that is said on stderr, once, and nothing else changes.
+        `by` is what `compiler` says. For batches of the size that comes first; any other, and large views on a CPU,
+        which gain nothing, are made as before, and equal to rounding. If compiling fails that is said on stderr, once,
+        `made` says so, and nothing else changes.
         """
-        self._compiled = Compiled(backend)
+        self._by, self._compiled = by, Compiled(backend)
 
     def __call__(self, pixels: Tensor, size: Tensor, index: Tensor, epoch: int) -> list[Tensor]:
         """Views of one batch: one float32 [B, 3, s, s] in [0, 1] per side, on the device of `pixels`.
@@ -86,7 +104,7 @@ class Views:
         plans = [self._plan(view, pixels.shape[-1], size, draw) for view in range(len(self.sides))]
         if self._compiled is not None and self._compiled.takes(len(pixels)):
             for plan, side, table in zip(plans, self.sides, self._tables, strict=True):
-                if _has_colour(table) and not _alone(side, pixels.device):
+                if _fuses(side, table, pixels.device):
                     plan.numbers = fused.table(plan.jitter, plan.gray)
         _send(plans, pixels.device)
         # the products must not fall into the caller's bf16
@@ -139,6 +157,10 @@ def _alone(side: int, device: torch.device) -> bool:
     return device.type == "cpu" and side >= _ALONE
 
 
+def _fuses(side: int, table: "View", device: torch.device) -> bool:
+    return _has_colour(table) and not _alone(side, device)
+
+
 def _has_colour(table: "View") -> bool:
     return table.gray > 0 or (
         table.jitter > 0 and max(table.brightness, table.contrast, table.saturation, table.hue) > 0
@@ -146,19 +168,24 @@ def _has_colour(table: "View") -> bool:
 
 
 def _one_by_one(plan: "_Plan", pixels: Tensor, side: int, kernel: int) -> Tensor:
-    """Large views on a CPU, in [0, 1]: each image goes all the way from crop to blur while it is in the cache."""
+    """Large views on a CPU, in [0, 1]: each image goes all the way from crop to blur while it is in a core's cache."""
     images = torch.empty(len(pixels), pixels.shape[1], side, side)
     boxes, flip = plan.boxes.tolist(), plan.flip.tolist()
     steps, factors, gray = plan.jitter.steps.tolist(), plan.jitter.factors.tolist(), set(plan.gray.tolist())
     kernels = dict(zip(plan.blurred.tolist(), blur.kernels(plan.sigma, kernel), strict=True))
-    for row, (image, pixel) in enumerate(zip(images, pixels.split(1), strict=True)):
-        image.copy_(crop.sliced(pixel, boxes[row], flip[row], side)[0]).mul_(1 / 255)
-        colour.jitter_one(image, steps[row], factors[row])
-        if row in gray:
-            image.copy_(colour.luma(image))
-        if row in kernels:
-            blur.blur_one(image, kernels[row])
-        image.clamp_(0.0, 1.0)
+
+    def make(rows: slice) -> None:
+        for row in range(rows.start, rows.stop):
+            image = images[row]
+            image.copy_(crop.sliced(pixels[row : row + 1], boxes[row], flip[row], side)[0]).mul_(1 / 255)
+            colour.jitter_one(image, steps[row], factors[row])
+            if row in gray:
+                image.copy_(colour.luma(image))
+            if row in kernels:
+                blur.blur_one(image, kernels[row])
+            image.clamp_(0.0, 1.0)
+
+    pool.share(make, len(pixels))
     return images
 
 
@@ -181,10 +208,18 @@ def compiler(device: torch.device) -> str | None:
     return None
 
 
-def repays(device: torch.device, pixels: float) -> bool:
-    """Does compiling take less time than it saves on so many pixels of views (`Views.fused`, for each image made)?"""
-    seconds, nanoseconds = _COMPILING.get(device.type, (math.inf, 0.0))
-    return pixels * nanoseconds * 1e-9 > seconds
+def repays(device: torch.device, saved: float) -> bool:
+    """Does compiling take less time than the `saved` seconds (`Views.saves`, for each batch of the run)?"""
+    return saved > _COMPILING.get(device.type, math.inf)
+
+
+def _saves(table: "View", side: int, device: torch.device, batch: int) -> float:
+    if device.type == "cpu":
+        return batch * side * side * _SAVED_ON_A_CPU
+    steps = [table.brightness, table.contrast, table.saturation, table.hue] if table.jitter > 0 else []
+    # each operation stands at each of four places in the order of some images
+    launches = sum(4 * count for strength, count in zip(steps, colour.LAUNCHES, strict=False) if strength > 0)
+    return launches * _LAUNCH
 
 
 def centre(pixels: Tensor, size: Tensor, side: int) -> Tensor:

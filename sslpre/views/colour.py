@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 # On a CPU so many pixels at a time: enough to pay for the calls, few enough that the temporaries stay in the cache.
 _PIXELS_AT_ONCE = 2**16
+# On a GPU so many bytes of temporaries: the images themselves and at most 13 planes of one number a pixel, with hue.
+_ROOM = 2**28
+_PLANES = 16
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's, which sum to 0.9999
 _TINY = 1e-30  # keeps 0 / 0 away: where a pixel has no chroma, its hue is of no account
 
@@ -50,15 +53,23 @@ def contrast(images: Tensor, factor: Factor) -> None:
     over threads: it would for a single large image, and the last bit would depend on the batch.
     """
     means = images.mean(-1, keepdim=True).mean(-2, keepdim=True)
-    mean = luma(means).unsqueeze(-3)
-    images.mul_(factor).add_(mean.mul_(1 - factor))
+    if isinstance(factor, Tensor):
+        images.mul_(factor).add_(luma(means).unsqueeze(-3).mul_(1 - factor))
+    else:  # in numbers of Python's: on an image alone a call costs more than what it does to three means
+        mean = sum(part * weight for part, weight in zip(means.flatten().tolist(), LUMA, strict=True))
+        images.mul_(factor).add_(mean * (1 - factor))
     _limit(images, factor)
 
 
 def saturation(images: Tensor, factor: Factor) -> None:
     """torchvision's `adjust_saturation`, in place: float in [0, 1], factor ≥ 0."""
-    grey = luma(images).unsqueeze(-3)
-    images.mul_(factor).add_(grey.mul_(1 - factor))
+    if isinstance(factor, Tensor):
+        grey = luma(images).unsqueeze(-3).mul_(1 - factor)
+    else:
+        red, green, blue = images.unbind(-3)
+        of_red, of_green, of_blue = (weight * (1 - factor) for weight in LUMA)
+        grey = (red * of_red).add_(green, alpha=of_green).add_(blue, alpha=of_blue)
+    images.mul_(factor).add_(grey)
     _limit(images, factor)
 
 
@@ -90,6 +101,7 @@ def hue(images: Tensor, factor: Factor) -> None:
 # in the order of torchvision's ColorJitter, whose neutral elements are 1, 1, 1 and 0
 OPERATIONS: tuple[Callable[[Tensor, Factor], None], ...] = (brightness, contrast, saturation, hue)
 NOTHING = len(OPERATIONS)
+LAUNCHES = (4, 14, 12, 38)  # kernels on a GPU for a group of images that gets one of them, copying there and back too
 
 
 @dataclass
@@ -136,10 +148,7 @@ def jitter(images: Tensor, plan: Jitter) -> None:
 
     The sizes of the groups are known on the host, so that nothing waits for the device.
     """
-    most = len(images)
-    if images.device.type == "cpu":
-        most = max(1, _PIXELS_AT_ONCE // (images.shape[-1] * images.shape[-2]))
-    at = 0
+    most, at = _at_once(images), 0
     for operation, count in plan.groups:
         for start in range(at, at + count, most):
             part = slice(start, min(start + most, at + count))
@@ -158,6 +167,13 @@ def jitter_one(image: Tensor, steps: Sequence[int], factors: Sequence[float]) ->
 
 def gray(images: Tensor, rows: Tensor) -> None:
     """Make images `rows` (int64) of float [B, 3, H, W] grey, in place: torchvision's luma on all three channels."""
-    if len(rows):
-        grey = luma(images.index_select(0, rows)).unsqueeze(1)
-        images.index_copy_(0, rows, grey.expand(-1, 3, -1, -1))
+    for part in rows.split(_at_once(images)) if len(rows) else ():
+        grey = luma(images.index_select(0, part)).unsqueeze(1)
+        images.index_copy_(0, part, grey.expand(-1, 3, -1, -1))
+
+
+def _at_once(images: Tensor) -> int:
+    """How many images of a batch one operation takes."""
+    pixels = images.shape[-1] * images.shape[-2]
+    most = _PIXELS_AT_ONCE if images.device.type == "cpu" else _ROOM // (4 * _PLANES)
+    return max(1, most // pixels)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslpre.views import pool
+
 ATTEMPTS = 10
 NUMBERS = 2 * ATTEMPTS + 2  # uniform numbers that one box takes
 # On a CPU the products win up to this many pixels of canvas side × output side, one image at a time above it. μs per
@@ -149,8 +151,14 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, side: int, canvas: int
 def slices(pixels: Tensor, boxes: Tensor, flip: Tensor, side: int) -> Tensor:
     """One image after the other through torch's uint8 kernel, which on a CPU beats the products for large outputs."""
     views = torch.empty(len(pixels), pixels.shape[1], side, side, dtype=torch.uint8)
-    for image, box, turn, view in zip(pixels.split(1), boxes.tolist(), flip.tolist(), views.split(1), strict=True):
-        view.copy_(sliced(image, box, turn, side))
+    where, turns = boxes.tolist(), flip.tolist()
+
+    def some(rows: slice) -> None:
+        parts = zip(pixels[rows].split(1), where[rows], turns[rows], views[rows].split(1), strict=True)
+        for image, box, turn, view in parts:
+            view.copy_(sliced(image, box, turn, side))
+
+    pool.share(some, len(pixels))
     return views
 
 

@@ -11,7 +11,6 @@ has, some come before hue and some after, so that six places and one hue between
 The first pass goes as far as contrast, of which it wants the mean; before contrast stand at most two others.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -110,37 +109,53 @@ def _cut(values: Tensor) -> Tensor:
 
 
 class Compiled:
-    """`colour`, compiled for the first batch size that it meets. `graphs` counts what was compiled."""
+    """`colour`, compiled for the first batch size that it meets.
+
+    `graphs` counts what was compiled; `failed` says that compiling failed, after which nothing is.
+    """
 
     def __init__(self, backend: str):
         self.graphs = 0
+        self.failed = False
+        self._backend = backend
+        self._kinds: set[tuple[Any, ...]] = set()
         self._size: int | None = None
-        self._compiled: Callable[..., Tensor] | None = torch.compile(
-            colour, backend=functools.partial(self._build, backend), fullgraph=True, dynamic=False
-        )
+        self._function: Callable[..., Tensor] | None = None
 
-    def _build(self, backend: str, graph: Any, inputs: Any) -> Any:
+    @property
+    def recompiled(self) -> int:
+        """Graphs beyond one for each kind of call."""
+        return max(0, self.graphs - len(self._kinds))
+
+    def _build(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+        return torch._dynamo.lookup_backend(self._backend)(graph, inputs)
 
     def takes(self, count: int) -> bool:
         """Will a batch of `count` images go through the compiled function?"""
         if self._size is None:
             self._size = count
-        return self._compiled is not None and count == self._size
+        return not self.failed and count == self._size
 
     def __call__(self, raw: Tensor, numbers: Tensor, has_contrast: bool, has_hue: bool) -> Tensor | None:
         """As `colour`; None where compiling failed, which is said on stderr once: do it eagerly from now on."""
-        if self._compiled is None:
+        if self.failed:
             return None
-        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-        from torch._inductor.exc import CppCompileError
-
+        self._kinds.add((raw.shape, raw.dtype, has_contrast, has_hue))
         try:
-            return self._compiled(raw, numbers, has_contrast, has_hue)
-        except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError) as problem:
-            self._compiled = None
-            cause = problem.inner_exception if isinstance(problem, BackendCompilerFailed) else problem
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-            print(f"views are made without a compiler, for it failed: {reason}", file=sys.stderr, flush=True)
-            return None
+            # the import itself makes folders, and so fails where it may not
+            from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+            from torch._inductor.exc import CppCompileError
+
+            try:
+                if self._function is None:
+                    self._function = torch.compile(colour, backend=self._build, fullgraph=True, dynamic=False)
+                return self._function(raw, numbers, has_contrast, has_hue)
+            except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError) as problem:
+                cause = problem.inner_exception if isinstance(problem, BackendCompilerFailed) else problem
+        except OSError as problem:
+            cause = problem
+        self.failed = True
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        print(f"views are made without a compiler, for it failed: {reason}", file=sys.stderr, flush=True)
+        return None

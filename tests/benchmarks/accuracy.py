@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from sslpre.data.find import Found, find
 from sslpre.probe.knn import TEMPERATURE, K
 from sslpre.recipe import View
-from sslpre.train import device, loop
+from sslpre.train import device, loop, memory
 from sslpre.views.blur import kernel_side
 
 VOTES = {K: TEMPERATURE, 200: 0.1}  # ours, and what published CIFAR-10 figures use
@@ -32,6 +32,8 @@ SIDES = ("torchvision", "sslpre")
 
 class Reference:
     """Views by torchvision's v2 transforms, called on one image after the other; called as sslpre's Views are."""
+
+    made = "torchvision"  # how, for the run's records
 
     def __init__(self, tables: Sequence[View], image_size: int):
         tables = [table for table in tables for _ in range(table.copies)]
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    memory.keep_freed()
     found, where = find(arguments.images), device.pick(arguments.device)
     if found.test is None:
         raise SystemExit(f"{arguments.images} has no test/ beside train/")

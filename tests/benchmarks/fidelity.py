@@ -12,13 +12,13 @@ and images per second of one thread: gathered from memory into a batch, and crop
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ledger
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -187,17 +187,20 @@ def main() -> None:
     images = [np.array(source.read(int(i))) for i in chosen]
     rows = measure(images, asked.view, asked.crops)
     sizes = np.median([image.shape[:2] for image in images], axis=0).astype(int).tolist()
-    print(f"{len(images)} images of {sizes[1]} x {sizes[0]} (median), {asked.crops} crops of each to {asked.view} px\n")
     heads = [f"crops {told}, dB" for told in SCALES] + [f"{told}, exact boxes" for told in SCALES]
-    print(f"| stored as | {' | '.join(heads)} | kB | gathered/s | crop + flip/s |\n|---|{'---|' * (len(heads) + 3)}")
-    for row in rows:
+
+    def cells(row: dict[str, Any]) -> tuple[Any, ...]:
         levels = [level for kind in zip(*row["psnr"].values(), strict=True) for level in kind]
-        cells = [f"{level:.1f}" if level < 99 else "equal" for level in levels]
-        cells += [f"{number:,.0f}" for number in (row["bytes"] / 1000, row["gather"], row["crop"])]
-        print(f"| {row['form']} | {' | '.join(cells)} |")
-    if asked.json is not None:
-        report = {"images": len(images), "median_size": sizes, "view": asked.view, "crops": asked.crops, "forms": rows}
-        asked.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        told = [f"{level:.1f}" if level < 99 else "equal" for level in levels]
+        return (row["form"], *told, row["bytes"] / 1000, row["gather"], row["crop"])
+
+    ledger.show(
+        f"{len(images)} images of {sizes[1]} x {sizes[0]} (median), {asked.crops} crops of each to {asked.view} px",
+        ("stored as", *heads, "kB", "gathered/s", "crop + flip/s"),
+        map(cells, rows),
+    )
+    report = {"images": len(images), "median_size": sizes, "view": asked.view, "crops": asked.crops, "forms": rows}
+    ledger.write(asked.json, ledger.record("fidelity", report, ("sslpre", "torch", "pillow", "numpy", "simplejpeg")))
 
 
 if __name__ == "__main__":

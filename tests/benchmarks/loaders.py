@@ -4,6 +4,8 @@
 
 PYTHON is the interpreter of an environment where that peer is installed; peers: lightly, lightly-train,
 stable-pretraining, torchvision. Every row is a median over rounds of A B C … A B C …; CPU is that of all processes.
+`uint8 batch` is a batch without views, ready for the device, where ours are made; the peers' loaders give nothing but
+finished views, so these are what it is held against. Rows of compiled views are there where compiling changes anything.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start everybody, ask in turns, check that all made what was asked for."""
     words = ["loader", "--images", str(arguments.images), "--size", str(arguments.size)]
     words += ["--batch", str(arguments.batch), "--workers", str(arguments.threads)]
+    words += ["--least", str(arguments.least)]
     answers: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(turns.Worker([sys.executable, str(HERE / "ours.py"), *words], arguments.threads))
@@ -127,6 +130,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="cores, loading processes or threads, torch threads")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--count", type=int, default=8, help="batches in one window of time")
+    parser.add_argument("--least", type=float, default=0.5, help="seconds of a window, but of one in a first epoch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path)
@@ -151,7 +155,7 @@ def main() -> None:
             for one in measured["ratios"]
         ),
     )
-    settings = {key: getattr(arguments, key) for key in ("size", "threads", "batch", "count", "rounds")}
+    settings = {key: getattr(arguments, key) for key in ("size", "threads", "batch", "count", "least", "rounds")}
     ledger.write(arguments.json, ledger.record("loaders", {"settings": settings, **measured}))
 
 

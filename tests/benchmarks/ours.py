@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -28,7 +29,7 @@ from sslpre.probe import centres, labelled
 from sslpre.probe.features import extract, layout
 from sslpre.probe.knn import predict
 from sslpre.recipe import Recipe, View
-from sslpre.train import device, plan
+from sslpre.train import device, memory, plan
 from sslpre.train.build import build
 from sslpre.train.loop import Run
 from sslpre.train.step import take_step
@@ -67,7 +68,7 @@ def run_of(folder: Path, recipe: Recipe, found: Found, where: torch.device, want
     run = build(folder, recipe, found, where, workers())
     if eager:
         assert recipe.encoder.image_size != "auto"
-        run.views, run.facts["views"] = Views(recipe.views, recipe.encoder.image_size, recipe.train.seed), "eager"
+        run.views = Views(recipe.views, recipe.encoder.image_size, recipe.train.seed)
     give_store(run, folder, wanted)
     run.objective.train()
     return run
@@ -79,6 +80,18 @@ def give_store(run: Run, folder: Path, wanted: str) -> None:
     store = stored(folder, wanted, old.source, old.side, old.device)
     parts: dict[str, Any] = dict(side=old.side, batch_size=old.batch_size, seed=old.seed, workers=old.workers)
     run.stream = Stream(old.source, **parts, device=old.device, bad=old.bad, store=store)
+
+
+def touched(size: int) -> None:
+    """Take so many bytes from the system, write to every page of them, and give them back; and all else that is free.
+
+    In a virtual machine the first touch of memory that it has not given out before takes far longer than any later one:
+    that is the machine's time, not the loader's. What comes next is taken from the system anew, as at a run's start.
+    """
+    with mmap.mmap(-1, size) as fresh:
+        for at in range(0, size, mmap.PAGESIZE):
+            fresh[at] = 1
+    memory.release()
 
 
 def stored(folder: Path, wanted: str, source: Source, side: int, where: torch.device) -> Store:
@@ -131,13 +144,15 @@ def knn(run: Run, found: Found, votes: dict[int, float]) -> dict[str, float]:
 class Loader:
     """Two views of every photo, from files or from a store, as far as a uint8 batch or as far as finished views."""
 
-    def __init__(self, folder: Path, images: Path, size: int, batch: int, threads: int):
+    def __init__(self, folder: Path, images: Path, size: int, batch: int, threads: int, least: float):
         self.folder = folder
         self.source = find(images).train
-        self.size, self.batch, self.threads = size, batch, threads
+        self.size, self.batch, self.threads, self.least = size, batch, threads, least
         self.side = plan.store_side(size, short_side(self.source))
         self.views = {"eager": Views([paper_view(size)], size, seed=0), "compiled": Views([paper_view(size)], size, 0)}
-        self.views["compiled"].compile()
+        self.compiler = compiler(CPU) if self.views["eager"].saves(CPU, batch) > 0 else None
+        if self.compiler is not None:
+            self.views["compiled"].compile(self.compiler)
         self.full = cache(self._full)
 
     def stream(self, store: Store) -> Stream:
@@ -157,6 +172,8 @@ class Loader:
         epoch, kind, until = what.split()
         with contextlib.ExitStack() as after:
             if epoch == "first":
+                if kind == "ram":
+                    touched(len(self.source) * 3 * self.side**2)
                 empty = stored(self.folder, kind, self.source, self.side, CPU)
                 after.callback(empty.close)
                 stream = self.stream(empty)
@@ -166,7 +183,7 @@ class Loader:
                 stream = self.full(kind)
             batches = after.enter_context(contextlib.closing(epochs(stream, int(epoch == "later"))))
             made = (self.finished(some, until) for some in batches)
-            took, last = turns.window(made, 2, count, turns.LEAST if epoch == "later" else 0.0)
+            took, last = turns.window(made, 2, count, self.least if epoch == "later" else 0.0)
         return {**took, "images": took["batches"] * self.batch, "shapes": [list(one.shape) for one in last]}
 
     def finished(self, some: Pixels, until: str) -> list[Tensor]:
@@ -178,37 +195,58 @@ class Loader:
 
 
 def serve_loader(folder: Path, arguments: argparse.Namespace) -> None:
-    loader = Loader(folder, arguments.images, arguments.size, arguments.batch, arguments.workers)
-    told = {"name": "sslpre", "versions": versions(PACKAGES), "side": loader.side, "compiler": compiler(CPU)}
+    parts = (arguments.size, arguments.batch, arguments.workers, arguments.least)
+    loader = Loader(folder, arguments.images, *parts)
+    told = {"name": "sslpre", "versions": versions(PACKAGES), "side": loader.side, "compiler": loader.compiler}
     turns.serve(told, loader.answer)
 
 
 def serve_step(folder: Path, arguments: argparse.Namespace) -> None:
-    """Our own `simclr` recipe with a ResNet-18, all else `auto`, in two precisions."""
+    """Our own `simclr` recipe with a ResNet-18, all else `auto`; or with the views of the peers' example (`alike`)."""
     found = find(arguments.images)
     typed = ("encoder.backbone=resnet18", f"encoder.image_size={arguments.size}", f"train.batch_size={arguments.batch}")
 
     @cache
-    def run(what: str) -> Run:
-        precision, epoch = what.split()
+    def run(precision: str, recipe_views: str) -> Run:
         recipe = resolved("simclr", found, CPU, (*typed, f"train.precision={precision}"))
-        made = run_of(folder, recipe, found, CPU, "ram", arguments.eager)
-        if epoch == "later":
-            fill(made.stream)
-        return made
+        if recipe_views == "alike":
+            recipe = recipe.model_copy(update={"views": (paper_view(arguments.size),)})
+        return run_of(folder, recipe, found, CPU, "ram", arguments.eager)
+
+    @cache
+    def later(precision: str, recipe_views: str) -> Iterator[int]:
+        """Steps without end from a full store; the same ones go on in every round, as the peers' do."""
+        this = run(precision, recipe_views)
+        fill(this.stream)
+        return steps(this, epochs(this.stream))
 
     def answer(what: str, count: int) -> dict[str, Any]:
-        """what: `bf16|fp32` `first|later`, the epoch in which the steps are taken."""
-        this = run(what)
-        if what.endswith("first"):
-            give_store(this, folder, "ram")
-        with contextlib.closing(epochs(this.stream)) as batches:
-            took, _ = turns.window(steps(this, batches), 1, count)
+        """what: `bf16|fp32` `ours|alike` `first|later`, the views and the epoch in which the steps are taken."""
+        *kind, epoch = what.split()
+        this, warm = run(*kind), warmup(arguments.workers)
+        with contextlib.ExitStack() as after:
+            if epoch == "first":
+                if this.stream.steps_per_epoch < warm + count:
+                    raise SystemExit(f"{len(found.train)} images are too few for {warm + count} steps")
+                full = this.stream
+                after.callback(setattr, this, "stream", full)  # the later epochs' again
+                touched(len(found.train) * 3 * full.side**2)
+                give_store(this, folder, "ram")
+                after.callback(this.stream.store.close)
+                made = steps(this, after.enter_context(contextlib.closing(epochs(this.stream))))
+            else:
+                made = later(*kind)
+            took, _ = turns.window(made, warm, count)
         loss = (this.sums["loss"] / this.summed).item()
-        return {**took, "images": count * arguments.batch, "loss": loss, "views": this.facts["views"]}
+        return {**took, "images": count * arguments.batch, "loss": loss, "views": this.views.made}
 
     auto = "bf16" if device.facts(CPU).bf16 else "fp32"
     turns.serve({"name": "sslpre", "versions": versions(PACKAGES), "auto": auto}, answer)
+
+
+def warmup(workers: int) -> int:
+    """Steps before a window of time: the first one, and what loading processes have made ahead in between."""
+    return 1 + turns.AHEAD * workers
 
 
 def main() -> None:
@@ -218,8 +256,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     for name in ("--size", "--batch", "--workers"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--least", type=float, default=0.0, help="seconds that a window of later epochs takes at least")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
+    memory.keep_freed()  # as `pretrain` begins
     torch.set_num_threads(arguments.workers)
     with tempfile.TemporaryDirectory() as folder:
         kinds[arguments.kind](Path(folder), arguments)

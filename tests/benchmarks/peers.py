@@ -18,7 +18,6 @@ from ledger import versions
 SCALE, JITTER = (0.08, 1.0), (0.8, 0.8, 0.8, 0.2)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPOCHS = 1000  # the data set that many times over, so that no epoch ends while the clock runs
-AHEAD = 2  # batches that one loading process makes ahead, torch's default
 
 
 def blurs(size: int) -> bool:
@@ -124,7 +123,7 @@ def serve_loader(arguments: argparse.Namespace) -> None:
     def answer(what: str, count: int) -> dict[str, Any]:
         assert what == "views"
         batches = iter(loader)  # its processes start here and end below, so that nothing is made ahead in between
-        took, last = turns.window(batches, 1 + AHEAD * arguments.workers, count, turns.LEAST)
+        took, last = turns.window(batches, 1 + turns.AHEAD * arguments.workers, count, arguments.least)
         return {**took, "images": took["batches"] * arguments.batch, "shapes": shapes(last, arguments.size)}
 
     turns.serve({"name": arguments.name, "versions": known()}, answer)
@@ -153,9 +152,11 @@ def serve_step(arguments: argparse.Namespace) -> None:
             optimizer.zero_grad()
             yield loss.detach()
 
+    trained = steps()  # its loading processes stay, and the window begins when what they made meanwhile is used up
+
     def answer(what: str, count: int) -> dict[str, Any]:
         assert what == "fp32"
-        took, loss = turns.window(steps(), 1, count)
+        took, loss = turns.window(trained, 1 + turns.AHEAD * arguments.workers, count)
         return {**took, "images": count * arguments.batch, "loss": loss.item()}
 
     turns.serve({"name": "lightly", "versions": known()}, answer)
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--least", type=float, default=0.0, help="seconds that a window of loading takes at least")
     arguments = parser.parse_args()
     (serve_loader if arguments.kind == "loader" else serve_step)(arguments)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
-LEAST = 0.5  # seconds that a window of loading takes at least, where the data are not used up before
+AHEAD = 2  # batches that one of a peer's loading processes makes ahead, torch's default
 TICK = os.sysconf("SC_CLK_TCK")
 
 

@@ -352,9 +352,21 @@ def test_a_run_goes_on_with_the_store_that_was_typed(run_cli, photos, tmp_path, 
         shutil.rmtree(run / "checkpoints/step-00000012")
         done = run_cli("pretrain", "--resume", "last", *typed)
         assert done.code == 0, done.err
-        assert f"resume     views eager; images stored {told}" in done.err
+        assert f"resume     views eager; store {told}" in done.err
         for name, tensor in load_file(run / "encoder/model.safetensors").items():
             assert torch.equal(tensor, weights[name]), "no store changes a bit"
+
+
+def test_a_store_that_is_gone_ends_no_run_that_goes_on(run_cli, photos, tmp_path):
+    assert run_cli("pack", photos, "here.pack", "--size", "40").code == 0
+    assert run_cli("pretrain", "simclr", photos, *SMALL, "--store", "here.pack").code == 0
+    (tmp_path / "here.pack").unlink()
+    shutil.rmtree(tmp_path / "runs/simclr-1/checkpoints/step-00000006")
+    message, _ = last_words(run_cli("pretrain", "--resume", "last", "--store", "here.pack"), 3)
+    assert message == f"there is no file `{tmp_path}/here.pack`"
+    done = run_cli("pretrain", "--resume", "last")
+    assert done.code == 0, done.err
+    assert f"resume     {message}\nresume     views eager; store off: every image is read once" in done.err
 
 
 def test_a_packed_file_is_found_from_anywhere(run_cli, photos, tmp_path, monkeypatch):

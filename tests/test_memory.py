@@ -1,6 +1,7 @@
 """Batches larger than memory: a real lack of it, in processes of their own with a limit on their address space."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -278,3 +279,29 @@ def test_freed_memory_is_kept_for_the_next_step(tmp_path, child):
         assert done.returncode == 0, done.stderr
         counts.append(int(done.stdout))
     assert 20 * counts[0] < counts[1], counts
+
+
+@pytest.mark.parametrize(
+    ("most", "set_to"),
+    [(1 << 40, [(-3, 1 << 30), (-1, 2**31 - 1)]), (1 << 25, [(-3, 1 << 25), (-1, 2**31 - 1)]), (0, [])],
+)
+def test_a_malloc_that_takes_no_large_threshold_is_not_made_slower(most, set_to, monkeypatch):
+    """Trimming less often alone would fix the threshold of mapping where it is, at 128 kB."""
+    taken = []
+
+    class Libc:
+        def mallopt(self, what, size):
+            if what == -3 and size > most:
+                return 0
+            taken.append((what, size))
+            return 1
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(memory, "glibc", Libc)
+    memory.keep_freed()
+    assert taken == set_to
+    taken.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    memory.keep_freed()
+    assert taken == []

@@ -446,3 +446,10 @@ def test_reserving_much_is_said_and_can_be_interrupted(monkeypatch, cache):
     with pytest.raises(KeyboardInterrupt):
         open_store("disk", source, SIDE, "cpu", reuse=True, say=lines.append)
     assert os.listdir(cache) == []
+
+
+def test_a_kernel_that_gives_only_what_it_can_keep(monkeypatch):
+    text = "MemAvailable: 900 kB\nCommitLimit: 1000 kB\nCommitted_AS: 400 kB\n"
+    assert room.promisable(text) == 600 * 1024
+    assert room.promisable("CommitLimit: 1 kB\nCommitted_AS: 3 kB\n") == 0
+    assert room.promisable("MemAvailable: 900 kB\n") is None

@@ -557,3 +557,39 @@ def test_gpu_makes_the_same_views_and_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
     for ours, cpu in zip(made, views(pixels, size, rows, 0), strict=True):
         assert decibels(ours.cpu(), cpu) >= 45
+
+
+def test_a_system_that_gives_no_more_threads_ends_nothing(monkeypatch):
+    """The work is done by the caller; the threads that were made do not wait for those that were not."""
+    start, made, done = threading.Thread.start, [], []
+
+    def refused(thread):
+        if thread.name.startswith("sslpre-views"):
+            made.append(thread)
+            if len(made) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(pool, "_made", None)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    torch.set_num_threads(3)
+    try:
+        pool.share(done.append, 7)
+    finally:
+        torch.set_num_threads(threads)
+    assert done == [slice(0, 7)] and len(made) == 2
+    made[0].join(10)
+    assert not made[0].is_alive()
+
+
+def test_shared_work_is_in_the_callers_inference_mode():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            found = torch.zeros(9)
+            pool.share(lambda rows: found[rows].add_(1), len(found))
+    finally:
+        torch.set_num_threads(threads)
+    assert found.tolist() == [1] * 9

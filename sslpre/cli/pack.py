@@ -75,7 +75,8 @@ def write(images: str, out: str | None, side: int | None, workers: int, limit: f
     say(f"images     {source.where}: {total:,} images" + (f" ({found.note})" if found.note else ""))
     say(f"size       {side} px{note}, {amount(total * side * side * 3)}")
     if other:
-        words = ["sslpre", "pack", images, *([out] if out else []), "--size", str(other)]
+        beside = [] if place is None else [str(place.with_stem(f"{place.stem}-{other}"))]
+        words = ["sslpre", "pack", images, *beside, "--size", str(other)]
         say(f"           a run on a GPU keeps them at {other} px: {printable(shlex.join(words))}")
     say(f"file       {printable(str(path))}" + (f", {before:,} images are in it already" if before else ""))
     bad, clock = BadList(None, limit, total), Clock(total, before)

@@ -121,7 +121,7 @@ def beside(path: Path) -> int:
         return 0
     total = 0
     for other in files:
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        with contextlib.suppress(OSError):  # deleted meanwhile, or on a network disk that is not there
             total += other.stat().st_blocks * 512 if other.name != path.name else 0
     return total
 
@@ -129,7 +129,7 @@ def beside(path: Path) -> int:
 def _files() -> list[Path]:
     try:
         return sorted(path for path in cache().glob("*.packed") if path.is_file())
-    except NotPossible:  # there is no cache
+    except (NotPossible, OSError):  # there is no cache, or none that can be read
         return []
 
 

@@ -4,7 +4,7 @@ The file: one page that says what it holds (JSON), a table of one entry an image
 whether it is there), the rows. All of it is reserved on the disk before the first row. A row is written first and its
 entry after it, and a row that was there when the file was opened is checked before it is used: so a process may be
 killed at any time, and a power cut costs rows, never right pixels. But a disk that fails under the map, or a file that
-somebody makes shorter, ends the processes that read it (SIGBUS): a run goes on from its last checkpoint, without it.
+somebody makes shorter, ends the processes that read it (SIGBUS): a run goes on from its last checkpoint, `--store off`.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Packed(Store):
         return self.sizes(index)
 
     def close(self) -> None:
-        """As of every store; threads that are in `put` or `take` meanwhile end well, the last one closes the file."""
+        """As of every store; threads that are in `put` meanwhile end well, the last one closes the file."""
         with self._lock:
             super().close()
             self.writes, self._closed, users = False, True, self._users

@@ -19,8 +19,16 @@ def memory() -> int | None:
     if free is None and whole is not None:
         free = whole // 2
     limits = [free, address_space(), *cgroup_rooms(_text(PROC / "self/cgroup"))]
+    if _text(PROC / "sys/vm/overcommit_memory").strip() == "2":  # then no more is given than can be kept
+        limits.append(promisable(_text(PROC / "meminfo")))
     known = [limit for limit in limits if limit is not None]
     return max(0, min(known)) if known else None
+
+
+def promisable(meminfo: str) -> int | None:
+    """What CommitLimit leaves, of the text of /proc/meminfo."""
+    limit, given = (_number(meminfo, name, 1024) for name in ("CommitLimit:", "Committed_AS:"))
+    return None if limit is None or given is None else max(0, limit - given)
 
 
 def physical() -> int | None:

@@ -142,6 +142,8 @@ def _on_device(form: Form, device: torch.device, auto: bool, spare: int | None, 
         least = torch.cuda.mem_get_info(device)[0] if spare is None else spare
         if needed > whole / 4:
             raise NotPossible(f"{amount(needed)} is more than a quarter of its {amount(whole)}")
+        if spare == 0:
+            raise NotPossible("it was not there when the size of the parts was chosen")
         if needed > least:
             raise NotPossible(f"{amount(needed)} is more than the {amount(least)} of its {amount(whole)} to spare")
     try:

@@ -373,7 +373,10 @@ class Stream:
                         self._place(batch, canvas, slot, i)
                         break
                     except BadImage as error:
-                        self._reasons[i] = error.reason
+                        outcome.bad.append((i, error.reason))
+                        if getattr(error.__cause__, "errno", None) is None:  # else the disk's fault: it may pass
+                            self._reasons[i] = error.reason
+                        continue
                 outcome.bad.append((i, self._reasons[i]))
             else:
                 outcome.gave_up = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 from pathlib import Path
 
 import torch
@@ -184,7 +185,8 @@ def keep(run: loop.Run, wanted: str, spare: int | None) -> str:
     Of the processes on one machine the first opens it, and the others share what it has: its memory, or the right to
     write its file. Raises as `open_store`; exit 15 where not every process has the same error.
     """
-    stream, leads, told = run.stream, os.environ.get("LOCAL_RANK", "0") == "0", list[str]()
+    stream, told = run.stream, list[str]()
+    leads = ranks.world() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     again = run.recipe.train.epochs != 1 or type(run.objective).epoch_start is not Objective.epoch_start
 
     def take(write: Write, join: str) -> None:
@@ -205,10 +207,10 @@ def keep(run: loop.Run, wanted: str, spare: int | None) -> str:
             told.append(opened[1])
 
     distributed.alike(lambda: take(True, "") if leads else None)
-    store, machine = stream.store, os.environ.get("GROUP_RANK", "0")
+    store, machine = stream.store, os.environ.get("GROUP_RANK") or socket.gethostname()
     mine = (machine, isinstance(store, Packed) and store.writes, store.join if isinstance(store, InRam) else "")
     leaders = {name: (writes, join) for name, writes, join in distributed.collected([mine] if leads else [])}
-    writes, join = leaders[machine]
+    writes, join = leaders.get(machine, (False, ""))
     distributed.alike(lambda: take("with" if writes else False, join))
     run.facts |= {"store": wanted, "stored": "" if stream.store is None else stream.store.kind}
     return told[0]

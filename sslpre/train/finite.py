@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sslpre.errors import SslpreError
+from sslpre.ops import ranks
 from sslpre.train import distributed
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def explain(run: Run, error: Exception) -> None:
     try:
         refuse(run, written=True)
     except SslpreError as cause:
+        if ranks.world() > 1:  # the others may not have met it: then the first process does not tell it
+            cause.everywhere = False
         raise cause from error
     except RuntimeError:  # a GPU that has failed answers nothing more: then `error` is all that is known
         run.asked.clear()

@@ -38,8 +38,11 @@ def keep_freed() -> None:
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     told = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
-    if not told and (libc := glibc()) is not None:
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)  # what is larger, such as decoded images, is mapped and given back
+    if told or (libc := glibc()) is None:
+        return
+    # What is larger, such as decoded images, is mapped and given back. An old glibc takes 32 MB at most, and would be
+    # slower than before if it were told the second alone.
+    if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -61,7 +64,7 @@ def release() -> None:
 
 
 def spare(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that the run does not need: free ones, less what its rehearsed step took at most.
+    """Bytes of a GPU's memory that the run does not need: free ones, less what its last rehearsed step took at most.
 
     None for another device.
     """

@@ -94,11 +94,21 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
         say(f"done       {run.folder} was finished already")
         summary = {"run": str(run.folder), "step": run.step, "finished": True}
         return Finished(run.folder, run.recipe, summary if distributed.first() else {})
-    # on the device only where it was so: the size of the parts was found without it
-    spare = None if run.facts["stored"] == "device" else 0
-    kept = keep(run, wanted_store(options) or run.facts["store"], spare)
-    say(f"resume     views {run.facts['views']}; images stored {kept}")
+    say(f"resume     views {run.facts['views']}; store {keep_again(run, wanted_store(options))}")
     return finish(run)
+
+
+def keep_again(run: loop.Run, typed: str | None) -> str:
+    """The store that was `typed`, else the one that the run had; where that is not possible any more, another."""
+    if typed is not None:
+        return keep(run, typed, None)
+    # on the GPU only where it was so: the size of the parts was found without it
+    spare = None if run.facts["stored"] == "device" else 0
+    try:
+        return keep(run, run.facts["store"], spare)
+    except SslpreError as error:
+        say(f"resume     {error.message}")
+        return keep(run, "auto", spare)
 
 
 def as_it_was(folder: Path, options: Options) -> Recipe:

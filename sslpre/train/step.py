@@ -137,6 +137,8 @@ def fit(run: Run) -> float:
         part = run.part or batch
         seconds, failed = 0.0, None
         while failed is None:
+            if run.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(run.device)  # a try that fails says nothing of what is needed
             try:
                 with ranks.alone():
                     if run.views.made != "eager":  # compile them: that is no part of a step's time

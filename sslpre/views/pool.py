@@ -33,14 +33,19 @@ def share(work: Callable[[slice], None], count: int) -> None:
         return
     parts = max(1, min(_PARTS * threads, count))
     edges = [count * part // parts for part in range(parts + 1)]
+    inference = torch.is_inference_mode_enabled()  # which, too, holds for a thread
     with _lock:
-        pool = _pool(threads)
-        begun = [pool.submit(_one, work, slice(*pair)) for pair in itertools.pairwise(edges)]
+        try:
+            pool = _pool(threads)
+        except RuntimeError:  # the system gives no more threads: this is only faster with them
+            work(slice(0, count))
+            return
+        begun = [pool.submit(_one, work, slice(*pair), inference) for pair in itertools.pairwise(edges)]
     _ended(begun)
 
 
-def _one(work: Callable[[slice], None], rows: slice) -> None:
-    with torch.no_grad():  # which holds for a thread, as autocast does
+def _one(work: Callable[[slice], None], rows: slice, inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():  # which holds for a thread, as autocast does
         work(rows)
 
 
@@ -66,6 +71,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     try:
         for waiting in [pool.submit(here.wait) for _ in range(threads)]:  # so that every thread is made now
             waiting.result()
+    except BaseException:
+        here.abort()  # else those that were made would wait for ever, and the process for them
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         torch.set_num_threads(threads)
     _made = (os.getpid(), threads, pool)

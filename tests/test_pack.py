@@ -192,7 +192,8 @@ def test_without_a_terminal_a_line_now_and_then(run_cli, photos, monkeypatch):
 
 
 SLOW = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
     from sslpre.data.find import Folder
     read = Folder.read
     def slow(self, i, side=None):

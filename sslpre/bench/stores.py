@@ -97,7 +97,7 @@ class Mapped(Store):
         self._fd = os.open(packed.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._map = mmap.mmap(self._fd, form.total, prot=mmap.PROT_READ)
-        except BaseException:
+        except (OSError, ValueError):  # the system gives no map, or the file is shorter than its first page says
             os.close(self._fd)
             raise
         pixels = np.frombuffer(self._map, np.uint8, form.images * form.row, form.rows_at)

@@ -302,7 +302,10 @@ def test_other_threads_run_meanwhile(photo):
             thread.start()
             ready.wait()
             go.set()
-            assert work() is not None
+            tries = 0
+            while not ran.is_set() and tries < 20:  # on a busy machine no core may be free for it at first
+                assert work() is not None
+                tries += 1
             ran_meanwhile = ran.is_set()
             thread.join()
             assert ran_meanwhile

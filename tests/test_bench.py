@@ -197,15 +197,6 @@ def test_the_image_size_that_is_advised_is_one_that_the_network_takes(monkeypatc
     assert smaller("test_resnet", 96, "bf16") == 64
 
 
-def test_jpegs_are_told_by_their_names():
-    class Names(list):
-        name = list.__getitem__
-
-    assert described.jpegs(Names(["a.JPG", "b.jpeg", "c.png"]))
-    assert not described.jpegs(Names(["a.jpg", "b.png"]))
-    assert described.jpegs(Names([f"{i}.jpg" for i in range(1000)]))
-
-
 def test_the_table_fits_and_says_what_is_missing():
     lines = report().table().splitlines()
     assert max(map(len, lines)) <= 80

@@ -57,6 +57,7 @@ def test_pretrain_on_a_folder(run_cli, photos, tmp_path):
     assert "probe" not in summary
     lines = done.err.splitlines()
     assert lines[0].startswith(f"images     {photos}: 48 images")
+    assert any(line.startswith("           images at ") and "JPEGs by simplejpeg" in line for line in lines)
     assert lines[-2:] == ["next: sslpre probe runs/simclr-1 --linear", f"{NEXT}runs/simclr-1"]
     again = run_cli("pretrain", "runs/simclr-1/recipe.toml", "--device", "cpu", "--workers", "1")
     assert again.code == 0, again.err
@@ -88,6 +89,7 @@ def test_on_the_sample_set_it_ends_by_probing_itself(run_cli, monkeypatch):
     done = run_cli("pretrain", "simclr", *SMALL)
     assert done.code == 0, done.err
     assert "the built-in sample set" in done.err.splitlines()[0]
+    assert "JPEG" not in done.err, "it is drawn"
     for word in ("linear %", "kNN %", "encoder", "random weights", "raw pixels", "chance"):
         assert word in done.out
     assert max(map(len, done.out.splitlines())) <= 80

@@ -19,7 +19,8 @@ from PIL import Image
 
 from sslpre.data import BadImage
 from sslpre.data.find import find
-from sslpre.data.stream import BadList, Pixels, Stream, order, short_side
+from sslpre.data.headers import jpegs, short_side
+from sslpre.data.stream import BadList, Pixels, Stream, order
 from sslpre.errors import SslpreError
 
 SIDE = 4
@@ -394,3 +395,12 @@ def test_cuda_batches_equal_those_on_the_cpu():
         assert b.pixels.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a.pixels, b.pixels.cpu())
         assert torch.equal(a.index, b.index)
+
+
+def test_jpegs_are_told_by_their_names():
+    class Names(list):
+        name = list.__getitem__
+
+    assert jpegs(Names(["a.JPG", "b.jpeg", "c.png"]))
+    assert not jpegs(Names(["a.jpg", "b.png"]))
+    assert jpegs(Names([f"{i}.jpg" for i in range(1000)]))

@@ -17,8 +17,8 @@ from PIL import Image
 
 from sslpre.data import BadImage
 from sslpre.data.find import Folder, find, printable, subset
+from sslpre.data.headers import grey_share, mixed
 from sslpre.data.sample import sample
-from sslpre.data.stream import grey_share, mixed
 
 SCRIPT = Path(__file__).with_name("golden.py")
 GOLDEN = SimpleNamespace(**runpy.run_path(str(SCRIPT)))

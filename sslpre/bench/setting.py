@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sslpre.bench.stores import Chosen
-from sslpre.data import Source, decode, room
+from sslpre.data import decode, room
 from sslpre.data.find import Found
+from sslpre.data.headers import jpegs
 from sslpre.encoder import Encoder
 from sslpre.recipe import Recipe
 from sslpre.train import device, loop
@@ -122,9 +122,3 @@ def smaller_side(network: Encoder, recipe: Recipe, where: torch.device) -> int:
     if side and where.type == "cpu" and recipe.train.precision == "bf16" and network.strides_a_point(side):
         return 0
     return side
-
-
-def jpegs(source: Source, at_most: int = 20) -> bool:
-    """Are most of the images JPEG files, by the names of a few?"""
-    rows = np.unique(np.linspace(0, len(source) - 1, min(at_most, len(source))).round().astype(np.int64)).tolist()
-    return 2 * sum(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in rows) > len(rows)

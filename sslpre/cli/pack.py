@@ -166,7 +166,7 @@ def looked_at(images: str, side: int | None) -> tuple[Found, int, str, int | Non
         from sslpre.data.find import find
 
         return find(Path(images)), side, "", None
-    from sslpre.data.stream import short_side
+    from sslpre.data.headers import short_side
     from sslpre.train import device, plan
     from sslpre.train.run import Options, planned
 

@@ -98,7 +98,7 @@ def measure(
 
     max_bad: share of unreadable images, None for the one of the run's recipe.
     """
-    from sslpre.data.stream import mixed
+    from sslpre.data.headers import mixed
     from sslpre.probe import probe as judge
     from sslpre.train.progress import say
 

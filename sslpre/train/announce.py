@@ -10,7 +10,8 @@ import time
 from sslpre.data import BadImage
 from sslpre.data.decode import to_canvas
 from sslpre.data.find import Found
-from sslpre.data.stream import Stream, mixed
+from sslpre.data.headers import jpegs, mixed
+from sslpre.data.stream import Stream
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
 from sslpre.start import Start, say_loaded
@@ -64,8 +65,8 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
         f"views {run.facts['views']}"
     )
     say(f"store      {kept}")
-    jpegs = "simplejpeg" if "simplejpeg" in run.facts["decoder"] else "Pillow; pip install 'sslpre[fast]' is faster"
-    say(f"           images at {shown('data', 'store_size')} px, JPEGs by {jpegs}")
+    by = "simplejpeg" if "simplejpeg" in run.facts["decoder"] else "Pillow; pip install 'sslpre[fast]' is faster"
+    say(f"           images at {shown('data', 'store_size')} px" + (f", JPEGs by {by}" if jpegs(found.train) else ""))
     if run.part:
         note = "; batch normalisation sees these alone" if norms(network) else ""
         each = f" in each of {run.stream.world} processes" if run.stream.world > 1 else ""

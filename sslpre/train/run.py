@@ -18,8 +18,8 @@ from sslpre import export, weights
 from sslpre import recipe as recipes
 from sslpre import start as starts
 from sslpre.data.find import Found, find
+from sslpre.data.headers import short_side
 from sslpre.data.store import KINDS
-from sslpre.data.stream import short_side
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe

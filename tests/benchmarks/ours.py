@@ -23,8 +23,9 @@ from torch import Tensor
 from sslpre import recipe as recipes
 from sslpre.data import Source
 from sslpre.data.find import Found, find
+from sslpre.data.headers import short_side
 from sslpre.data.store import Store, open_store
-from sslpre.data.stream import BadList, Pixels, Stream, short_side
+from sslpre.data.stream import BadList, Pixels, Stream
 from sslpre.probe import centres, labelled
 from sslpre.probe.features import extract, layout
 from sslpre.probe.knn import predict

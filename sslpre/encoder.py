@@ -57,6 +57,7 @@ class Encoder(nn.Module):
         # head_hidden_size: networks that widen their features once more before the classifier
         self.dim = int(getattr(model, "head_hidden_size", None) or self.model.num_features)
         self.chunk = 0
+        self.seen: int | None = None  # side of what it is shown in training, where that is not the views'
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -150,8 +151,12 @@ def build(
     std: Sequence[float],
     colour: Colour = "rgb",
     model_args: Mapping[str, Any] | None = None,
+    seen: int | None = None,
 ) -> Encoder:
     """An encoder with fresh weights from torch's global generator.
+
+    image_size: side of the images that it is for. seen: side of what it is shown in training, where that is less, such
+    as tiles of images: stem and position embeddings follow it, and a network laid out for one size is for this one.
 
     stem: "small" swaps a ResNet's 7×7 stride-2 convolution and max-pool for a 3×3 stride-1 convolution; "auto" does
     so up to 64 px; "timm" never. model_args: arguments of timm's network besides its size, such as {"num_heads": 12}.
@@ -164,32 +169,31 @@ def build(
             f"`{backbone}` names pretrained weights, and training starts from scratch without `--init pretrained`",
             f"--backbone {name}",
         )
-    architecture = f"{backbone}_small" if takes_small(backbone, stem, image_size) else backbone
+    shown = seen or image_size
+    architecture = f"{backbone}_small" if takes_small(backbone, stem, shown) else backbone
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.3)
         hint = "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18"
         raise SslpreError(f"no timm backbone `{backbone}`", hint)
     channels: dict[str, Any] = {} if colour == "rgb" else {"in_chans": CHANNELS[colour]}
     more = dict(model_args or {})
-    try:
-        check_arguments(architecture, more)
-    except ValueError as error:
-        raise SslpreError(f"`model_args`: {error}", "--set encoder.model_args={}") from error
-    arguments = more | size_arguments(architecture, image_size, more)
+    laid_out = size_arguments(architecture, shown, more)
+    arguments = more | laid_out
     try:
         model = timm.create_model(architecture, num_classes=0, **arguments, **channels)
-        network = Encoder(model, architecture, arguments, image_size, mean, std, colour)
+        network = Encoder(model, architecture, arguments, shown if laid_out else image_size, mean, std, colour)
+        network.seen = seen
         with torch.no_grad():  # one image through it, before anything is trained
-            features = network.eval()(torch.zeros(1, 3, image_size, image_size))
+            features = network.eval()(torch.zeros(1, 3, shown, shown))
     except Exception as error:  # timm's networks refuse sizes each in its own way, all of them when built or tried
         own = timm.get_pretrained_cfg(architecture)
         usual = own.input_size[-1] if own is not None else 224
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if more:
             told = ", ".join(f"{name}={value!r}" for name, value in more.items())
-            message = f"`{architecture}` cannot be built for {image_size} px with `{told}`: {reason}"
+            message = f"`{architecture}` cannot be built for {shown} px with `{told}`: {reason}"
             raise SslpreError(message, "--set encoder.model_args={}, or another --image-size") from error
-        raise SslpreError(f"`{architecture}` cannot take {image_size} px: {reason}", f"--image-size {usual}") from error
+        raise SslpreError(f"`{architecture}` cannot take {shown} px: {reason}", f"--image-size {usual}") from error
     if features.shape != (1, network.dim):
         raise SslpreError(
             f"`{architecture}` gives no pooled features, but {tuple(features.shape)}", "--backbone resnet18"
@@ -215,26 +219,49 @@ def size_arguments(architecture: str, image_size: int, model_args: Mapping[str, 
     model_args: what else it is told. Raises SslpreError (exit 2) where the network's patches do not divide the size, or
     it cannot be built with those arguments.
     """
-    try:
-        with torch.device("meta"):  # a look at the structure, no memory and no random numbers
-            model = timm.create_model(architecture, num_classes=0, **dict(model_args or {}))
-    except Exception as error:  # each of timm's networks refuses in its own way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        told = ", ".join(f"{name}={value!r}" for name, value in (model_args or {}).items())
-        message = f"`{architecture}` cannot be built with `{told}`: {reason}"
-        raise SslpreError(message, "--set encoder.model_args={}") from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None:
-        side = max(patch) if isinstance(patch, (tuple, list)) else int(patch)
-        if image_size % side:
-            down, up = image_size // side * side, (image_size // side + 1) * side
-            nearest = " or ".join(f"--image-size {s}" for s in (down, up) if s)
-            raise SslpreError(f"`{architecture}` needs sizes divisible by {side}, `{image_size}` is not", nearest)
+    model = structure(architecture, model_args)
+    side = patch_of(model)
+    if image_size % side:
+        down, up = image_size // side * side, (image_size // side + 1) * side
+        nearest = " or ".join(f"--image-size {s}" for s in (down, up) if s)
+        raise SslpreError(f"`{architecture}` needs sizes divisible by {side}, `{image_size}` is not", nearest)
     if hasattr(model, "dynamic_img_size"):
         return {"img_size": image_size, "dynamic_img_size": True}
     if "img_size" in inspect.signature(type(model).__init__).parameters:  # laid out for one size
         return {"img_size": image_size}
     return {}
+
+
+def structure(architecture: str, model_args: Mapping[str, Any] | None = None) -> Any:
+    """timm's network without weights: no memory, no random numbers. Raises SslpreError (exit 2) for odd arguments."""
+    more = dict(model_args or {})
+    try:
+        check_arguments(architecture, more)
+    except ValueError as error:
+        raise SslpreError(f"`model_args`: {error}", "--set encoder.model_args={}") from error
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, num_classes=0, **more)
+    except Exception as error:  # each of timm's networks refuses in its own way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        message = f"`{architecture}` cannot be built with `{told}`: {reason}"
+        raise SslpreError(message, "--set encoder.model_args={}") from error
+
+
+def patch_side(backbone: str, model_args: Mapping[str, Any] | None = None) -> int:
+    """Side of the squares that this backbone cuts images into, and that must divide theirs; 1 where any size will do.
+
+    Raises SslpreError (exit 2) for arguments that it does not have; an unknown name is for `build` to refuse.
+    """
+    return patch_of(structure(backbone, model_args)) if timm.is_model(backbone) else 1
+
+
+def patch_of(model: nn.Module) -> int:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return 1
+    return max(patch) if isinstance(patch, (tuple, list)) else int(patch)
 
 
 def check_arguments(architecture: str, arguments: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ class Setup:
     mean: Tensor  # [3], what the encoder standardises with
     std: Tensor
     build: Callable[[Colour, int | None], Encoder] = field(repr=False)
+    patch: int = 1  # side of the squares that the backbone cuts images into; 1 where it takes any size
 
     def encoder(self, colour: Colour = "rgb", size: int | None = None) -> Encoder:
         """A fresh encoder with the recipe's backbone; `size` if the network sees other sides than the views'."""
@@ -58,6 +59,14 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One cell of the sheet that `sslpre preview` writes: what the task shows the network, or what it is asked for."""
+
+    title: str  # a few words; the same in each row, or what is true of this cell, such as "180°"
+    image: Tensor  # [3, h, w] or [1, h, w], float in [0, 1]
+
+
+@dataclass(frozen=True)
 class Epoch:
     """The start of an epoch. `every_image(f)` runs f on each image's centre view ([B, 3, S, S], eval mode, no gradient)
     and returns its results for all images, in index order: [N, …]."""
@@ -83,7 +92,16 @@ class Objective(nn.Module):
     couples: ClassVar[bool] = False  # does the loss compare images of a batch with each other?
     needs_labels: ClassVar[bool] = False
     players: ClassVar[dict[str, tuple[str, ...]]] = {"all": ("",)}  # who trains which submodules (name prefixes)
+    rates: ClassVar[dict[str, float]] = {}  # a player's share of the learning rate; all of it where it is not named
     encoder: Encoder  # what is probed and exported
+
+    @classmethod
+    def sees(cls, side: int, patch: int = 1, **arguments: Any) -> int:
+        """Side of what the encoder is shown of views of `side` px, with the method's arguments: tiles are smaller.
+
+        Stem and position embeddings follow it: what `__init__` gives to `setup.encoder(size=…)`.
+        """
+        return side
 
     def loss(self, batch: Batch) -> Loss:
         """Most methods: this and `__init__`, nothing else. A loss that does not couple is (1/B)·Σ over the images."""
@@ -99,6 +117,14 @@ class Objective(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """EMA teacher, queue, centre, codebook: whatever changes by rule and not by gradient."""
+
+    def notes(self) -> dict[str, Any]:
+        """What there is to tell of a new epoch, as numbers and lists of them: a line in metrics.jsonl."""
+        return {}
+
+    def pictures(self, batch: Batch) -> list[list[Picture]]:
+        """A row for each image (or pair, or group) of the batch; in eval mode, without gradients."""
+        return [[Picture(f"view {n}", view) for n, view in enumerate(row, 1)] for row in zip(*batch.views, strict=True)]
 
     @property
     def chance(self) -> float | None:

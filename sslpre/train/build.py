@@ -124,12 +124,15 @@ def refuse(recipe: Recipe, found: Found, views: Views) -> None:
         )
 
 
-def refuse_points(objective: Objective, side: int) -> None:
-    """Raises SslpreError (exit 2) where an encoder has a strided convolution of a 1 × 1 map at views of `side` px.
+def refuse_points(objective: Objective, smallest: int) -> None:
+    """Raises SslpreError (exit 2) where an encoder has a strided convolution of a 1 × 1 map at what it is shown.
+
+    smallest: side of the smallest view.
 
     In bf16 on a CPU, torch 2.15 computes its gradient from memory that nobody wrote.
     """
     for network in objective.modules():
+        side = getattr(network, "seen", None) or smallest
         if isinstance(network, Encoder) and network.strides_a_point(side):
             raise SslpreError(
                 f"`{network.architecture}` at {side} px has strided convolutions of one pixel, wrong in bf16 on a CPU",
@@ -228,7 +231,8 @@ def make_objective(
         network = encoder.build(
             table.backbone,
             stem=table.stem,
-            image_size=size or image_size,
+            image_size=image_size,
+            seen=size,
             mean=table.mean,
             std=table.std,
             colour=colour,
@@ -243,7 +247,8 @@ def make_objective(
         return network
 
     mean, std = torch.tensor(table.mean), torch.tensor(table.std)
-    setup = Setup(images, classes or None, recipe.train.batch_size, sides, mean, std, make)
+    patch = encoder.patch_side(table.backbone, table.model_args)
+    setup = Setup(images, classes or None, recipe.train.batch_size, sides, mean, std, make, patch)
     arguments = {key: item for key, item in recipe.method.items() if key != "name"}
     return methods()[recipe.method["name"]](setup, **arguments)
 

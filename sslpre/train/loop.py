@@ -72,6 +72,7 @@ def train(run: Run) -> dict[str, float]:
             epoch, done = divmod(run.step, an_epoch)
             if done == 0:
                 start_epoch(run, epoch)
+                metrics.write_notes(run, log, epoch)
             run.objective.train()
             take_step(run, pixels, epoch)
             meter.add(len(pixels.index) * ranks.world(), run.stream.waited)

@@ -44,6 +44,14 @@ def write_metrics(run: Run, log: TextIO, display: Display, meter: Meter, epoch: 
     display.update(run.step, shown)
 
 
+def write_notes(run: Run, log: TextIO, epoch: int) -> None:
+    """What the method tells of its new epoch. As of the epoch's first step: a run that goes on writes it once."""
+    notes = run.objective.notes()
+    if notes:
+        log.write(json.dumps({"step": run.step + 1, "epoch": epoch, **notes}, allow_nan=False) + "\n")
+        log.flush()
+
+
 @contextlib.contextmanager
 def metrics_from(path: Path, step: int) -> Iterator[TextIO]:
     """`metrics.jsonl`, cut back to what the checkpoint of `step` had seen, open for appending by the first process."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sslpre.encoder import size_arguments, takes_small
 from sslpre.errors import SslpreError
+from sslpre.methods import methods
 from sslpre.recipe import EncoderTable, Recipe
 from sslpre.timm import small_stem_of
 from sslpre.train.device import Facts
@@ -35,7 +36,7 @@ def resolve(
     if start is None:
         image_size = side(short_side, device) if encoder.image_size == "auto" else encoder.image_size
         backbone = network(images, image_size, device) if encoder.backbone == "auto" else encoder.backbone
-        small = takes_small(backbone, encoder.stem, image_size)
+        small = takes_small(backbone, encoder.stem, shown(recipe, image_size))
         stem = encoder.stem if encoder.stem != "auto" else "small" if small else "timm"
         table: dict[str, Any] = {"image_size": image_size, "backbone": backbone, "stem": stem}
     else:
@@ -71,6 +72,13 @@ def resolve(
         },
     }
     return recipe.edit(**chosen)
+
+
+def shown(recipe: Recipe, image_size: int) -> int:
+    """Side of what the encoder sees in training: the stem follows it. Networks with a choice of stem have no patch."""
+    arguments = {key: item for key, item in recipe.method.items() if key != "name"}
+    side = min(view.size or image_size for view in recipe.views)
+    return methods()[recipe.method["name"]].sees(side, **arguments) if len(recipe.views) == 1 else image_size
 
 
 def begun_with(start: Start, encoder: EncoderTable, usual: int) -> dict[str, Any]:

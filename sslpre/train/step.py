@@ -78,7 +78,7 @@ def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str,
     sums: dict[str, Tensor] = {}
     for player, optimiser in run.optimisers.items():
         for group in optimiser.param_groups:
-            group["lr"] = share * run.recipe.optim.lr
+            group["lr"] = share * run.recipe.optim.lr * run.objective.rates.get(player, 1.0)
         run.objective.zero_grad(set_to_none=True)
         for batch, game in zip(batches, games, strict=True):
             loss = next_loss(run, game, player)

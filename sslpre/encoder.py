@@ -7,26 +7,24 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-import kornia
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslpre.errors import SslpreError
+from sslpre.ops.channels import CHANNELS, LUMA, Colour, chroma, luma, sobel
+from sslpre.ops.norms import frozen_statistics
 from sslpre.timm import small_stem_of, small_stems
 
-Colour = Literal["rgb", "luma", "chroma"]
-CHANNELS: dict[str, int] = {"rgb": 3, "luma": 1, "chroma": 2}
 SIDES = range(8, 4097)  # pixels of an image's side, as a recipe allows them
 SIZES = ("img_size", "dynamic_img_size")  # arguments of a network that follow from the image size
 GIVEN = ("self", "num_classes", "in_chans", "device", "dtype")  # what sslpre itself says when it builds a network
 LARGEST = 8192  # number among a network's arguments: no published network is wider, and a file must not fill the memory
-WHOLE = (torch.int64, torch.int32, torch.bool)  # counters and tables of indices; weights are floating-point numbers
 
 
 class Encoder(nn.Module):
@@ -64,11 +62,11 @@ class Encoder(nn.Module):
     def prepare(self, x: Tensor) -> Tensor:
         """[0, 1] RGB → what the network's first layer takes: the channels asked for, standardised."""
         if self.colour == "luma":
-            x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-            return (x - self.mean.mean()) / self.std.mean()
+            return (luma(x) - self.mean.mean(1, keepdim=True)) / self.std.mean(1, keepdim=True)
         if self.colour == "chroma":
-            return kornia.color.rgb_to_lab(x)[:, 1:] / 110.0  # ab lies in about ±110
-        return (x - self.mean) / self.std
+            return chroma(x)
+        x = (x - self.mean) / self.std
+        return sobel(x.mean(1, keepdim=True)) if self.colour == "sobel" else x  # as DeepCluster's authors have it
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.chunk or len(x) <= self.chunk:
@@ -122,24 +120,66 @@ class Encoder(nn.Module):
         maps = self.model.forward_intermediates(self.prepare(x), indices=[*range(len(names))], intermediates_only=True)
         return list(zip(names, maps, strict=True))
 
+    def last_map(self, x: Tensor) -> Tensor:
+        """[B, C, h, w], what is pooled: unlike the last of `stages` past the final norm or convolution. Tokens stand on
+        their grid, without the class token. Raises SslpreError (exit 2) where there is no such map."""
+        z = self.model.forward_features(self.prepare(x))
+        if z.ndim == 4:
+            return z.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else z
+        z = z[:, getattr(self.model, "num_prefix_tokens", 0) :].transpose(1, -1)
+        h = round(math.sqrt(z.shape[-1] * x.shape[2] / x.shape[3]))
+        if z.ndim != 3 or z.shape[2] % h:
+            raise SslpreError(f"`{self.architecture}` gives no map of an image", "--backbone resnet18")
+        return z.unflatten(2, (h, -1))
 
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, batch normalisation normalises with the batch as in training but leaves its running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [
-        (norm.momentum, norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None)
-        for norm in norms
-    ]
-    for norm in norms:
-        norm.momentum = 0.0  # the running statistics move by nothing, and autograd saves the same tensors as before
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            if norm.num_batches_tracked is not None and count is not None:
-                norm.num_batches_tracked.copy_(count)
+    def map_shape(self, side: int) -> torch.Size:
+        """Of `last_map` for an image of `side` px, [1, C, h, w].
+
+        Raises SslpreError (exit 2) as that, and where over 1 % of the weights come after the map: nothing that reads
+        the map alone would train them, and the output, which is what is exported, would stay partly random.
+        """
+        training, own = self.training, list(self.model.parameters())
+        with torch.enable_grad():
+            z = self.eval().last_map(torch.zeros(1, 3, side, side, device=self.mean.device, dtype=self.mean.dtype))
+            gradients = torch.autograd.grad(z.sum(), own, allow_unused=True)
+        self.train(training)
+        past = sum(p.numel() for p, g in zip(own, gradients, strict=True) if g is None) / sum(p.numel() for p in own)
+        if past > 0.01:
+            message = (
+                f"`{self.architecture}` has {past:.0%} of its weights past its last map, and they would stay random"
+            )
+            raise SslpreError(message, "--backbone resnet18")
+        return z.shape
+
+    @property
+    def ordinary(self) -> bool:
+        """Can it be a network of RGB, as timm has them?"""
+        return self.colour in ("rgb", "luma")
+
+    def as_rgb(self) -> Encoder:
+        """Of a luma encoder the ordinary network of RGB with equal features, and of one of RGB itself.
+
+        Kernels are multiplied by the three weights; mean and deviation are one for all channels. Raises SslpreError
+        (exit 2) where it is not `ordinary`, and where timm's network of three channels is made otherwise."""
+        if self.colour == "rgb":
+            return self
+        if not self.ordinary:
+            message = f"a network of `{self.colour}` is none of RGB: timm could not open it, nor a run begin with it"
+            raise SslpreError(message, "`sslpre probe` judges it in its run; take another recipe to export one")
+        with torch.random.fork_rng(devices=[]):
+            model: Any = timm.create_model(self.architecture, num_classes=0, **self.model_args)
+        tensors = dict(self.model.state_dict())
+        for name, tensor in model.state_dict().items():
+            own = tensors[name]
+            if own.shape == tensor.shape:
+                continue
+            if own.ndim != 4 or tensor.shape != (len(own), 3, *own.shape[2:]):
+                raise only_rgb(self.architecture, self.colour)
+            tensors[name] = own * own.new_tensor(LUMA).view(1, 3, 1, 1)
+        model.load_state_dict(tensors)
+        mean, std = ([buffer.mean().item()] * 3 for buffer in (self.mean, self.std))
+        twin = Encoder(model, self.architecture, self.model_args, self.image_size, mean, std)
+        return twin.to(self.mean.device).train(self.training)
 
 
 def build(
@@ -170,7 +210,7 @@ def build(
             f"--backbone {name}",
         )
     shown = seen or image_size
-    architecture = f"{backbone}_small" if takes_small(backbone, stem, shown) else backbone
+    architecture = f"{backbone}_small" if takes_small(backbone, stem, image_size, seen) else backbone
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.3)
         hint = "did you mean " + " or ".join(f"--backbone {n}" for n in near) if near else "--backbone resnet18"
@@ -186,31 +226,59 @@ def build(
         with torch.no_grad():  # one image through it, before anything is trained
             features = network.eval()(torch.zeros(1, 3, shown, shown))
     except Exception as error:  # timm's networks refuse sizes each in its own way, all of them when built or tried
-        own = timm.get_pretrained_cfg(architecture)
-        usual = own.input_size[-1] if own is not None else 224
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if more:
-            told = ", ".join(f"{name}={value!r}" for name, value in more.items())
-            message = f"`{architecture}` cannot be built for {shown} px with `{told}`: {reason}"
-            raise SslpreError(message, "--set encoder.model_args={}, or another --image-size") from error
-        raise SslpreError(f"`{architecture}` cannot take {shown} px: {reason}", f"--image-size {usual}") from error
+        raise cannot_take(architecture, shown, seen is not None, more, error) from error
     if features.shape != (1, network.dim):
         raise SslpreError(
             f"`{architecture}` gives no pooled features, but {tuple(features.shape)}", "--backbone resnet18"
         )
+    if colour == "luma":
+        refuse_luma_alone(network, shown)
     return network.train()
 
 
-def takes_small(backbone: str, stem: str, image_size: int) -> bool:
-    """Does this recipe's network get the small stem? Raises SslpreError (exit 2) where it is asked for in vain."""
+def cannot_take(architecture: str, shown: int, tiles: bool, more: dict[str, Any], error: Exception) -> SslpreError:
+    """What to say of a network that timm cannot build, or run, for what it is shown."""
+    own = timm.get_pretrained_cfg(architecture)
+    usual = own.input_size[-1] if own is not None else 224
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if more:
+        told = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        message = f"`{architecture}` cannot be built for {shown} px with `{told}`: {reason}"
+        return SslpreError(message, "--set encoder.model_args={}, or another --image-size")
+    if tiles:
+        hint = "--set method.tile=32, or larger, or --backbone resnet18"
+        return SslpreError(f"`{architecture}` cannot take tiles of {shown} px: {reason}", hint)
+    return SslpreError(f"`{architecture}` cannot take {shown} px: {reason}", f"--image-size {usual}")
+
+
+def refuse_luma_alone(luma: Encoder, side: int) -> None:
+    """Raises SslpreError (exit 2) where `as_rgb` gives other features: some networks scale their kernels themselves."""
+    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not torch.allclose(luma.as_rgb()(x), luma(x), rtol=1e-3, atol=1e-4):
+            raise only_rgb(luma.architecture, luma.colour)
+
+
+def only_rgb(architecture: str, colour: Colour) -> SslpreError:
+    message = f"`{architecture}` cannot be trained on `{colour}` and then be a network of RGB"
+    return SslpreError(message, "--backbone resnet18")
+
+
+def takes_small(backbone: str, stem: str, image_size: int, seen: int | None = None) -> bool:
+    """Does this recipe's network get the small stem? Raises SslpreError (exit 2) where it is asked for in vain.
+
+    Of larger images only tiles up to 32 px do: a map of theirs is not yet a point, and the images cost 15 times less.
+    """
+    shown = seen or image_size
     if stem == "small" and backbone not in small_stems and small_stem_of(backbone) is None:
         fitting = ", ".join(sorted(small_stems)[:4])
         raise SslpreError(
             f"`{backbone}` cannot have a small stem", f"--set encoder.stem=timm; small stems fit {fitting}"
         )
-    if stem == "small" and image_size > 64:
-        raise SslpreError(f"a small stem is for images up to 64 px, not `{image_size}`", "--set encoder.stem=auto")
-    return backbone in small_stems and (stem == "small" or (stem == "auto" and image_size <= 64))
+    if stem == "small" and shown > 64:
+        raise SslpreError(f"a small stem is for images up to 64 px, not `{shown}`", "--set encoder.stem=auto")
+    fits = shown <= (64 if shown >= image_size else 32)
+    return backbone in small_stems and (stem == "small" or (stem == "auto" and fits))
 
 
 def size_arguments(architecture: str, image_size: int, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -318,25 +386,4 @@ def side(number: Any) -> int:
     found = int(number)
     if found not in SIDES:
         raise ValueError(f"{found} px is no image size, which is {SIDES.start} to {SIDES.stop - 1}")
-    return found
-
-
-def in_float32(
-    tensors: Mapping[str, Tensor], source: str, own: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Weights of any floating type as float32; counters and tables of indices as they are.
-
-    own: the network's tensors of the same names, of which one that floats takes no whole numbers. Raises SslpreError:
-    exit 5 for numbers of another kind, 10 for weights that are not finite.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        floats = own is not None and name in own and own[name].is_floating_point()
-        if not tensor.is_floating_point() and (floats or tensor.dtype not in WHOLE):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            message = f"`{source}`: the weights `{name}` are {kind} numbers, not floating-point ones"
-            raise SslpreError(message, "save them as float32 with the program that wrote them", 5)
-        found[name] = tensor.float() if tensor.is_floating_point() else tensor
-        if not found[name].isfinite().all():
-            raise SslpreError(f"`{source}`: the weights `{name}` are not finite", "take other weights", 10)
     return found

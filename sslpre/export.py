@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import sslpre
-from sslpre.encoder import SIDES, SIZES, Encoder, check_arguments, in_float32, side, standardisation
+from sslpre.encoder import SIDES, SIZES, Encoder, check_arguments, side, standardisation
 from sslpre.errors import SslpreError
+from sslpre.ops.floats import in_float32
 from sslpre.synced import sync_folder, write_synced
 from sslpre.timm import small_stem_of
 
@@ -40,6 +41,7 @@ NEEDED = "name what `sslpre export` wrote: a .safetensors file or a folder with 
 def export(encoder: Encoder, facts: dict[str, str], out: Path, stage: str | None = None) -> list[str]:
     """Write `encoder` to `out` and prove that timm opens it; gives back the Python lines that do.
 
+    An encoder of luma is written as the network of RGB that gives the same features.
     `out` ends in `.safetensors`: one file of timm's own keys. Else a folder of model.safetensors and config.json, also
     for `num_classes=N` and `features_only=True`. facts: metadata, added to what the encoder itself knows.
     stage: a number as in timm's `out_indices`, or a stage's name. The file has all weights all the same; it says which
@@ -55,10 +57,11 @@ def export(encoder: Encoder, facts: dict[str, str], out: Path, stage: str | None
     number = None if stage is None else stage_number(encoder, stage)
     if number is not None:
         facts = facts | {"stage": str(number), "stage_name": encoder.stage_names[number]}
-    lines = usage(encoder, out, number)
+    written = encoder.as_rgb()
+    lines = usage(written, out, number)
     missing = [parent for parent in out.parents if not parent.exists()]  # the deepest first
     try:
-        write(encoder, facts, out)
+        write(written, facts, out)
         try:
             prove(encoder, lines, out, number)
         except BaseException:  # Ctrl-C too: what is not proven does not stay
@@ -87,7 +90,7 @@ def write(encoder: Encoder, facts: dict[str, str], out: Path) -> None:
 
 def write_file(encoder: Encoder, facts: dict[str, str], out: Path) -> None:
     """Write the encoder to the file `out`, whole or not at all, without the proof. Raises SslpreError as `export`."""
-    data = packed(encoder, facts)
+    data = packed(encoder.as_rgb(), facts)
     temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         write_synced(temporary, data)
@@ -103,6 +106,7 @@ def write_folder(encoder: Encoder, facts: dict[str, str], folder: Path) -> None:
 
     Raises SslpreError as `export`, and OSError if `folder` exists and is not empty.
     """
+    encoder = encoder.as_rgb()
     data = packed(encoder, facts)
     described = json.dumps(config(encoder, facts), indent=1).encode()
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -123,9 +127,6 @@ def packed(encoder: Encoder, facts: dict[str, str]) -> bytes:
 
     Bytes rather than `save_file`, which since 0.8 makes files that only their owner can read.
     """
-    if encoder.colour != "rgb":
-        hint = "only encoders of RGB images can be exported"
-        raise SslpreError(f"cannot export an encoder of `{encoder.colour}` images", hint)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.model.state_dict().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -28,9 +28,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sslpre.encoder import SIDES, Encoder, in_float32
+from sslpre.encoder import SIDES, Encoder
 from sslpre.errors import SslpreError, printable
 from sslpre.export import FACTS, usage, write
+from sslpre.ops.floats import in_float32
 from sslpre.timm import architecture_of, small_stem_of, small_stems
 from sslpre.weights import check_import
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sslpre.encoder import Colour, Encoder
+from sslpre.encoder import Encoder
+from sslpre.ops.channels import Colour
 from sslpre.views import draw
 
 
@@ -68,8 +69,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The start of an epoch. `every_image(f)` runs f on each image's centre view ([B, 3, S, S], eval mode, no gradient)
-    and returns its results for all images, in index order: [N, …]."""
+    """The start of an epoch. `every_image(f)` runs f on each image's centre view ([B, 3, S, S], eval mode, no gradient,
+    in the run's precision) and returns its results for all images, in index order: [N, …], numbers of any kind."""
 
     number: int
     every_image: Callable[[Callable[[Tensor], Tensor]], Tensor]

@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor
 
-from sslpre.encoder import SIZES, Encoder, build, in_float32, side, standardisation
+from sslpre.encoder import SIZES, Encoder, build, side, standardisation
 from sslpre.errors import SslpreError, printable
 from sslpre.export import FACTS, open_encoder
+from sslpre.ops.floats import in_float32
 from sslpre.timm import architecture_of, small_stem_of
 from sslpre.train.runs import is_run, write_text
 from sslpre.weights import FOLDER, PRETRAINED, TIMM, locate, of_timm
@@ -151,7 +152,7 @@ def of_a_run(folder: Path) -> Start:
     from sslpre.train.build import open_run  # the run opens its own start with this module
 
     encoder, _, facts = open_run(folder, torch.device("cpu"))
-    return of_ours(folder, encoder, facts)
+    return of_ours(folder, encoder.as_rgb(), facts)
 
 
 def of_ours(path: Path, encoder: Encoder, facts: dict[str, str]) -> Start:

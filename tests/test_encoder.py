@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from sslpre import encoder
 from sslpre.errors import SslpreError
@@ -194,6 +195,96 @@ def test_colours():
     assert luma.prepare(x).shape == (2, 1, 32, 32)
     assert torch.allclose(luma(x), luma(grey), atol=1e-5)  # colour cannot be seen
     assert build(colour="chroma").prepare(grey).abs().max() < 1e-3  # and grey has no chroma
+
+
+def lived_in(network):
+    """With batch statistics and biases that are not those of a fresh network."""
+    with torch.no_grad():
+        for tensor in network.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.05 * torch.rand_like(tensor))
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "backbone, side",
+    [("resnet18", 96), ("resnet18", 32), ("test_vit", 32), ("test_convnext", 64), ("test_efficientnet", 40)],
+)
+def test_a_network_of_luma_is_one_of_rgb_with_equal_features(backbone, side):
+    torch.manual_seed(0)
+    luma = lived_in(build(backbone, image_size=side, colour="luma"))
+    before = torch.get_rng_state()
+    rgb = luma.as_rgb()
+    assert torch.equal(torch.get_rng_state(), before), "a run's own draws do not depend on it"
+    assert (rgb.colour, rgb.architecture, rgb.training) == ("rgb", luma.architecture, False)
+    assert rgb.mean.flatten().tolist() == pytest.approx([sum(MEAN) / 3] * 3)
+    assert rgb.std.flatten().tolist() == pytest.approx([sum(STD) / 3] * 3)
+    plain = timm.create_model(luma.architecture, num_classes=0, **luma.model_args)
+    plain.load_state_dict(rgb.model.state_dict())  # nothing in it that timm does not have
+    x = torch.rand(4, 3, side, side)
+    with torch.no_grad():
+        expected = luma(x)
+        assert (plain.eval()((x - rgb.mean) / rgb.std) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+        for (name, a), (_, b) in zip(luma.stages(x), rgb.stages(x), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+    assert rgb.as_rgb() is rgb and luma.train().as_rgb().training
+
+
+@pytest.mark.parametrize("backbone", ["test_nfnet", "tresnet_m"])
+def test_networks_that_cannot_be_both_are_told_before_training(backbone):
+    """One scales its kernels itself, the other has squares of pixels as channels."""
+    with pytest.raises(SslpreError, match=f"`{backbone}` cannot be trained on `luma`") as caught:
+        build(backbone, image_size=64, colour="luma")
+    assert caught.value.code == 2 and "--backbone" in caught.value.hint
+    assert build(backbone, image_size=64).colour == "rgb"
+
+
+@pytest.mark.parametrize("colour", ["chroma", "sobel"])
+def test_some_colours_are_no_rgb(colour):
+    assert not build(colour=colour).ordinary
+    with pytest.raises(SslpreError, match=f"`{colour}`"):
+        build(colour=colour).as_rgb()
+
+
+def test_sobel_is_the_authors_two_convolutions():
+    """https://github.com/facebookresearch/deepcluster: a mean over standardised channels, then two fixed kernels."""
+    network = encoder.build("test_resnet", image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), colour="sobel")
+    x = torch.rand(4, 3, 32, 32)
+    grey = ((x - network.mean) / network.std).mean(1, keepdim=True)
+    across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    kernels = torch.stack([across, across.T])[:, None]
+    assert torch.allclose(network.prepare(x), F.conv2d(grey, kernels, padding=1), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.prepare(x).dtype == torch.float32
+    assert network(x).shape == (4, network.dim)
+
+
+@pytest.mark.parametrize("backbone, side", [("test_resnet", 64), ("test_efficientnet", 64), ("test_convnext", 64)])
+def test_the_last_map_is_what_is_pooled(backbone, side):
+    network = lived_in(build(backbone, image_size=side))
+    x = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        pooled = network.model.forward_head(network.last_map(x), pre_logits=True)
+        assert torch.allclose(pooled, network(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("colour", ["rgb", "luma"])
+def test_the_last_map_of_tokens_stands_on_their_grid(colour):
+    network = lived_in(build("test_vit", image_size=64, colour=colour))
+    x = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        z = network.last_map(x)
+        tokens = network.model.forward_features(network.prepare(x))
+    assert z.shape == (2, 64, 4, 3) and tokens.shape == (2, 13, 64)  # one of them the class token
+    for row in range(4):
+        for column in range(3):
+            assert torch.equal(z[:, :, row, column], tokens[:, 1 + 3 * row + column])
+
+
+def test_a_last_map_with_channels_last_is_turned():
+    network = build("swin_tiny_patch4_window7_224", image_size=64).eval()
+    with torch.no_grad():
+        assert network.last_map(torch.rand(1, 3, 64, 64)).shape == (1, 768, 2, 2)
 
 
 def gradients(network, x):

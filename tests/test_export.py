@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from sslpre import export as module
+from sslpre import start
 from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
 from sslpre.export import export, open_encoder, write_file, write_folder
@@ -80,6 +81,37 @@ def test_the_printed_lines_open_it(name, out, tmp_path):
     assert not opened.training and opened.image_size == 32 and opened.architecture == name
     assert facts["step"] == "12" and facts["architecture"] == name
     assert [path.name for path in (tmp_path / out).parent.iterdir()] == [(tmp_path / out).name]  # no temporary is left
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "stage"),
+    [("resnet18_small", "enc.safetensors", None), ("test_vit", "enc", "blocks.2")],
+)
+def test_an_encoder_of_luma_is_exported_as_one_of_rgb(name, out, stage, tmp_path):
+    """Plain timm gives its features, and so does a run that starts from it; the proof compares with luma itself."""
+    network = encoder(name, colour="luma")
+    lines = export(network, FACTS, tmp_path / out, stage)
+    assert not any("in_chans" in line for line in lines) and network.colour == "luma"
+    images = torch.rand(2, 3, 32, 32)
+    opened, facts = open_encoder(tmp_path / out)
+    assert opened.colour == "rgb" and len(set(json.loads(facts["mean"]))) == len(set(json.loads(facts["std"]))) == 1
+    torch.testing.assert_close(features(opened, images), features(network, images), rtol=1e-5, atol=1e-5)
+    begun = start.read(str(tmp_path / out), "auto")
+    again = start.started(begun, 32, begun.mean, begun.std)
+    torch.testing.assert_close(features(again, images), features(network, images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_luma_leaves_a_folder_of_rgb(tmp_path):
+    network = encoder(colour="luma")
+    write_folder(network, FACTS, tmp_path / "enc")
+    write_file(network, FACTS, tmp_path / "enc.safetensors")
+    model = timm.create_model("local-dir:enc", pretrained=True)
+    cfg, images = model.pretrained_cfg, torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert cfg["mean"] == pytest.approx([sum(MEAN) / 3] * 3)
+    expected = features(network, images)
+    torch.testing.assert_close(features(model, (images - mean) / std), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features(open_encoder(tmp_path / "enc.safetensors")[0], images), expected)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +322,8 @@ def test_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "write_synced", full)
     assert "no space left" in reason(3, export, encoder(), FACTS, tmp_path / "new/deep/e.safetensors")
-    luma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="luma")
-    reason(2, export, luma, FACTS, tmp_path / "new/e.safetensors")
+    chroma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="chroma")
+    reason(2, export, chroma, FACTS, tmp_path / "new/e.safetensors")
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
@@ -304,9 +336,10 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_rgb_is_exported(tmp_path):
-    luma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="luma")
-    assert "luma" in reason(2, export, luma, FACTS, tmp_path / "encoder.safetensors")
+def test_chroma_is_not_exported(tmp_path):
+    chroma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="chroma")
+    for action in (export, write_file, write_folder):
+        assert "chroma" in reason(2, action, chroma, FACTS, tmp_path / "encoder.safetensors")
     assert not list(tmp_path.iterdir())
 
 

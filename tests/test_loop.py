@@ -257,6 +257,16 @@ def test_a_game_is_a_loop_with_two_optimisers(tmp_path):
     assert [(line["maker.loss"], line["critic.loss"], line["maker.size"]) for line in metrics(run)] == logged
 
 
+def test_a_player_has_its_share_of_the_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(Game, "rates", {"critic": 0.1})
+    run = train("game", tmp_path / "run", optim={"name": "sgd", "lr": 0.1})
+    rates = [run.optimisers[player].param_groups[0]["lr"] for player in ("maker", "critic")]
+    assert rates[0] > 0 and rates[1] == pytest.approx(0.1 * rates[0])
+    monkeypatch.setattr(Game, "rates", {"critik": 0.1})
+    with pytest.raises(TypeError, match="rates name critik, who is no player"):
+        start("game", tmp_path / "odd")
+
+
 def test_each_player_moves_its_own_weights_in_turn(tmp_path):
     run = train("game", tmp_path)
     moved = [set(), set(), set()]

@@ -94,6 +94,7 @@ def test_the_rate_falls_in_steps():
 
 class TwoPlayers(nn.Module):
     players: ClassVar = {"all": ("",), "critic": ("critic",)}
+    rates: ClassVar = {}
 
     def __init__(self):
         super().__init__()

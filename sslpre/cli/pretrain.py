@@ -104,7 +104,8 @@ def start(
         print(f"next: sslpre probe {run} --linear{more}", file=sys.stderr)
     else:
         summary["probe"] = probe_sample(finished.run, machine["device"], machine["workers"], as_json)
-    print(f"next: sslpre export encoder.safetensors --run {run}", file=sys.stderr)
+    if (finished.run / "encoder").exists():
+        print(f"next: sslpre export encoder.safetensors --run {run}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary))
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sslpre.data import Source
 from sslpre.data.stream import BadList, Stream
-from sslpre.encoder import CHANNELS, Encoder
+from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
+from sslpre.ops.channels import CHANNELS
 from sslpre.views.build import centre
 
 RAW_SIDE = 32

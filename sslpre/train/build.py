@@ -24,6 +24,7 @@ from sslpre.errors import SslpreError
 from sslpre.methods import methods
 from sslpre.objective import Objective, Setup
 from sslpre.ops import ranks
+from sslpre.ops.channels import Colour
 from sslpre.recipe import Recipe
 from sslpre.start import Start, load, recorded
 from sslpre.train import checkpoint, distributed, loop, optim
@@ -227,7 +228,7 @@ def make_objective(
     assert recipe.train.batch_size != "auto" and table.image_size != "auto"
     image_size = table.image_size
 
-    def make(colour: encoder.Colour, size: int | None) -> Encoder:
+    def make(colour: Colour, size: int | None) -> Encoder:
         network = encoder.build(
             table.backbone,
             stem=table.stem,
@@ -266,4 +267,5 @@ def open_run(folder: Path, where: torch.device) -> tuple[Encoder, Recipe, dict[s
     objective = make_objective(recipe, saved.state["images"], saved.state["classes"], sides)
     checkpoint.load_model(objective, saved.model)
     network = objective.encoder.to(where)
+    network = network.as_rgb() if network.ordinary else network
     return network, recipe, facts_of(recipe, network, saved.state["step"], saved.state["data"]) | recorded(folder)

@@ -21,7 +21,7 @@ from sslpre.recipe import Recipe
 from sslpre.train import checkpoint, distributed, finite, metrics, optim
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
-from sslpre.train.step import reseed, take_step
+from sslpre.train.step import half, reseed, take_step
 from sslpre.views.build import Views, centre
 
 
@@ -106,17 +106,30 @@ def start_epoch(run: Run, epoch: int) -> None:
 
 @torch.no_grad()
 def every_image(run: Run, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """f of each image's centre view, for all images in index order, in eval mode: [N, …]. Processes share the work."""
+    """f of each image's centre view, for all images in index order, in eval mode: [N, …], numbers of any kind.
+
+    Processes share the work. Networks run in the run's precision, and are half as long about it in bf16.
+    """
     was_training = run.objective.training
     run.objective.eval()
     assert run.recipe.encoder.image_size != "auto"
     side = run.recipe.encoder.image_size
     batch = run.part or run.stream.batch_size // ranks.world()  # in evaluation it takes less memory than in training
     mine = run.stream.in_order(distributed.part(len(run.stream.source)), batch)
-    rows = [f(centre(some.pixels, some.size, side)) for some in mine]
+    rows: Tensor | None = None  # filled in place: a list that is joined at the end would take twice the memory
+    own = distributed.part(len(run.stream.source))
+    at = 0
+    for some in mine:
+        with half(run):
+            found = f(centre(some.pixels, some.size, side))
+        if rows is None:
+            rows = found.new_empty(own.stop - own.start, *found.shape[1:])
+        rows[at : at + len(found)] = found
+        at += len(found)
+    assert rows is not None and at == len(rows)
     run.objective.train(was_training)
     tell_bad(run)
-    return distributed.joined(torch.cat(rows))
+    return distributed.joined(rows, len(run.stream.source))
 
 
 def tell_bad(run: Run) -> None:

@@ -60,6 +60,9 @@ def adapt(weights: list[Tensor], grads: list[Tensor], decay: float, trust: float
 
 def by_player(objective: Objective) -> dict[str, dict[str, nn.Parameter]]:
     """Each player's trainable parameters by name. A name belongs to the player with the longest prefix of it."""
+    odd = [player for player in objective.rates if player not in objective.players]
+    if odd:
+        raise TypeError(f"rates name {odd[0]}, who is no player")
     owned: dict[str, dict[str, nn.Parameter]] = {player: {} for player in objective.players}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:

@@ -36,7 +36,7 @@ def resolve(
     if start is None:
         image_size = side(short_side, device) if encoder.image_size == "auto" else encoder.image_size
         backbone = network(images, image_size, device) if encoder.backbone == "auto" else encoder.backbone
-        small = takes_small(backbone, encoder.stem, shown(recipe, image_size))
+        small = takes_small(backbone, encoder.stem, image_size, shown(recipe, image_size))
         stem = encoder.stem if encoder.stem != "auto" else "small" if small else "timm"
         table: dict[str, Any] = {"image_size": image_size, "backbone": backbone, "stem": stem}
     else:

@@ -298,6 +298,17 @@ def tidy(run: loop.Run) -> None:
             path.rename(path.with_name(f".damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
+def write_encoder(run: loop.Run) -> None:
+    """Write the run's `encoder/`, unless timm could not open it."""
+    network, folder = run.objective.encoder, run.folder / "encoder"
+    shutil.rmtree(folder, ignore_errors=True)
+    if network.ordinary:
+        facts = facts_of(run.recipe, network, run.step, run.facts["data"]) | starts.recorded(run.folder)
+        export.write_folder(network, facts, folder)
+    else:
+        say(f"hint: no `{folder}`: a network of `{network.colour}` is none that timm opens; `sslpre probe` judges it")
+
+
 def finish(run: loop.Run) -> Finished:
     """Train to the end, write the run's `encoder/`, and sum up."""
     distributed.same_weights(run.objective)
@@ -310,12 +321,7 @@ def finish(run: loop.Run) -> Finished:
     distributed.leave()
     if not distributed.first():
         return Finished(run.folder, run.recipe, {})
-    shutil.rmtree(run.folder / "encoder", ignore_errors=True)
-    export.write_folder(
-        run.objective.encoder,
-        facts_of(run.recipe, run.objective.encoder, run.step, run.facts["data"]) | starts.recorded(run.folder),
-        run.folder / "encoder",
-    )
+    write_encoder(run)
     if run.views.recompiled:
         say(f"hint: views were compiled {run.views.recompiled} times too often; please report it with the recipe")
     spent = run.seconds + figures["seconds"]

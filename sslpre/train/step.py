@@ -100,9 +100,20 @@ def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str,
     return sums
 
 
+def half(run: Run) -> torch.autocast:
+    """The run's precision, for whatever goes through its networks."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16")
+
+
 def next_loss(run: Run, game: Iterator[Loss], player: str) -> Loss:
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.train.precision == "bf16"):
-        loss = next(game, None)
+    try:
+        with half(run):
+            loss = next(game, None)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's words
+            raise
+        message = "one image alone gives batch normalisation one number a channel, of which it can take no deviation"
+        raise SslpreError(message, "--batch-size 2 or more, and --set train.micro_batch=2 or 0") from error
     if loss is None:
         raise TypeError(f"rounds() gave no loss for player {player}")
     return loss

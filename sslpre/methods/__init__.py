@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from functools import cache
 
+from sslpre.methods.relative_location import RelativeLocation
 from sslpre.methods.rotation import Rotation
 from sslpre.methods.simclr import SimCLR
 from sslpre.objective import Objective
 from sslpre.plugins import Methods
 
 table: dict[str, type[Objective]] = {
+    "relative-location": RelativeLocation,
     "rotation": Rotation,
     "simclr": SimCLR,
 }

@@ -229,6 +229,23 @@ def test_the_same_wish_with_a_networks_arguments_or_a_name_that_ends_like_ours()
     assert again.encoder.backbone == "convnext_small"
 
 
+@pytest.mark.parametrize(
+    "name, side, stem",
+    [
+        ("jigsaw", 224, "timm"),  # tiles of 63 px: small ones, but the images that the encoder is for are not
+        ("jigsaw", 96, "small"),  # of 27
+        ("jigsaw", 64, "small"),
+        ("relative-location", 128, "small"),  # of 30
+        ("relative-location", 160, "timm"),  # of 38
+        ("rotation", 96, "timm"),
+        ("rotation", 64, "small"),
+    ],
+)
+def test_the_stem_follows_the_tiles(name, side, stem):
+    recipe = recipes.load(name).edit(encoder={"backbone": "resnet18", "image_size": side})
+    assert resolve(recipe, 4000, 400, CPU).encoder.stem == stem
+
+
 @pytest.mark.parametrize("world, batch", [(1, 64), (2, 64), (3, 63), (6, 60), (100, 100)])
 def test_the_chosen_batch_can_be_shared_out(world, batch):
     recipe = resolve(recipes.load("simclr"), 4000, 64, CPU_BF16, None, world)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 
+from sslpre.methods.jigsaw import Jigsaw
 from sslpre.methods.relative_location import RelativeLocation
 from sslpre.methods.rotation import Rotation
 from sslpre.methods.simclr import SimCLR
@@ -10,6 +11,7 @@ from sslpre.objective import Objective
 from sslpre.plugins import Methods
 
 table: dict[str, type[Objective]] = {
+    "jigsaw": Jigsaw,
     "relative-location": RelativeLocation,
     "rotation": Rotation,
     "simclr": SimCLR,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 
+from sslpre.methods.colorization import Colorization
 from sslpre.methods.jigsaw import Jigsaw
 from sslpre.methods.relative_location import RelativeLocation
 from sslpre.methods.rotation import Rotation
@@ -11,6 +12,7 @@ from sslpre.objective import Objective
 from sslpre.plugins import Methods
 
 table: dict[str, type[Objective]] = {
+    "colorization": Colorization,
     "jigsaw": Jigsaw,
     "relative-location": RelativeLocation,
     "rotation": Rotation,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from sslpre.methods.colorization import Colorization
+from sslpre.methods.inpainting import Inpainting
 from sslpre.methods.jigsaw import Jigsaw
 from sslpre.methods.relative_location import RelativeLocation
 from sslpre.methods.rotation import Rotation
@@ -13,6 +14,7 @@ from sslpre.plugins import Methods
 
 table: dict[str, type[Objective]] = {
     "colorization": Colorization,
+    "inpainting": Inpainting,
     "jigsaw": Jigsaw,
     "relative-location": RelativeLocation,
     "rotation": Rotation,

@@ -186,6 +186,22 @@ def test_probe_what_was_exported(run_cli, here, photos):
     assert reports["encoder.safetensors"] == reports["enc/"] == reports["run"]
 
 
+def test_an_encoder_of_edges_is_probed_but_is_none_to_export(run_cli, photos, tmp_path):
+    """Its first layer takes two channels, and no network of RGB has equal features at the border."""
+    edges = ["--set", "method.sobel=true", "--set", "method.clusters=4"]
+    done = run_cli("pretrain", "deepcluster", photos, *SMALL, *edges)
+    assert done.code == 0, done.err
+    assert "hint: no `runs/deepcluster-1/encoder`: a network of `sobel`" in done.err
+    assert NEXT not in done.err and "next: sslpre probe runs/deepcluster-1" in done.err
+    assert not (tmp_path / "runs/deepcluster-1/encoder").exists()
+    done = run_cli("probe", "last", "--linear", "--data", photos, "--device", "cpu")
+    assert done.code == 0 and "random weights" in done.out, done.err
+    told = "a network of `sobel` is none of RGB: timm could not open it, nor a run begin with it"
+    assert last_words(run_cli("export", "a.safetensors"), 2)[0] == told
+    words = ["pretrain", "simclr", photos, "--init", "runs/deepcluster-1", "--epochs", "1", "--device", "cpu"]
+    assert last_words(run_cli(*words), 2)[0] == told
+
+
 def test_a_finished_run_is_not_run_again(run_cli, here):
     done = run_cli("pretrain", "--resume", "last", "--device", "cpu", "--json")
     assert done.code == 0, done.err
@@ -338,6 +354,23 @@ def test_what_a_cpu_computes_wrongly_is_refused(run_cli, photos):
     done = run_cli("pretrain", "rotation", photos, *words, "--precision", "bf16")
     assert done.code == 2 and "strided convolutions of one pixel" in done.err and "--precision fp32" in done.err
     assert run_cli("pretrain", "rotation", photos, *words, "--precision", "fp32").code == 0
+
+
+def test_points_are_those_of_the_tiles(run_cli, photos):
+    """At 64 px this network has none, of tiles of 9 px it has."""
+    words = ["--backbone", "resnet18", "--image-size", "64", "--set", "encoder.stem=timm", "--precision", "bf16"]
+    done = run_cli(
+        "pretrain", "jigsaw", photos, *words, "--set", "method.tile=9", "--batch-size", "8", "--device", "cpu"
+    )
+    error, hint = last_words(done, 2)
+    assert "at 9 px has strided convolutions of one pixel" in error and "--precision fp32" in hint
+
+
+@pytest.mark.parametrize("more", [["--batch-size", "1"], ["--batch-size", "8", "--set", "train.micro_batch=1"]])
+def test_one_image_alone_has_no_deviation(run_cli, photos, more):
+    words = "--backbone test_resnet --image-size 32 --epochs 1 --precision fp32 --device cpu --workers 1".split()
+    error, hint = last_words(run_cli("pretrain", "inpainting", photos, *words, *more), 2)
+    assert error.startswith("one image alone gives batch normalisation") and "--batch-size 2" in hint
 
 
 def test_a_run_goes_on_with_the_store_that_was_typed(run_cli, photos, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from sslpre.methods.colorization import Colorization
+from sslpre.methods.deepcluster import DeepCluster
 from sslpre.methods.inpainting import Inpainting
 from sslpre.methods.jigsaw import Jigsaw
 from sslpre.methods.relative_location import RelativeLocation
@@ -14,6 +15,7 @@ from sslpre.plugins import Methods
 
 table: dict[str, type[Objective]] = {
     "colorization": Colorization,
+    "deepcluster": DeepCluster,
     "inpainting": Inpainting,
     "jigsaw": Jigsaw,
     "relative-location": RelativeLocation,

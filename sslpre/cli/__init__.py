@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sslpre import __version__
-from sslpre.cli import bench, export, import_, pack, pretrain, probe, processes, recipes
+from sslpre.cli import bench, export, import_, pack, pretrain, preview, probe, processes, recipes
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError, printable
@@ -30,6 +30,7 @@ verbs = (
     export.export,
     import_.import_,
     pack.pack,
+    preview.preview,
     bench.bench,
     recipes.recipes,
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslpre.objective import Batch, Loss, Objective, Setup
+from sslpre.objective import Batch, Loss, Objective, Picture, Setup
 
 ROTATIONS = 4  # by 0, 90, 180 and 270 degrees: K of equation 2
 
@@ -31,6 +31,10 @@ class Rotation(Objective):
         with torch.autocast(x.device.type, enabled=False):  # the softmax in fp32 (fp64 stays fp64)
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
         return Loss(loss, {"accuracy": right})  # equations 2 and 3: the mean over images and rotations
+
+    def pictures(self, batch: Batch) -> list[list[Picture]]:
+        turned = rotated(batch.views[0]).unflatten(0, (ROTATIONS, -1)).unbind(1)
+        return [[Picture(f"{90 * quarter}°", image) for quarter, image in enumerate(four)] for four in turned]
 
     @property
     def chance(self) -> float:

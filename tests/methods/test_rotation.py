@@ -95,3 +95,11 @@ def test_softmax_is_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = method.loss(dataclasses.replace(batch_of(x))).value
     assert loss.dtype == torch.float32
+
+
+def test_pictures_are_the_four_orientations():
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    shown = rotation().pictures(batch_of(x))
+    assert [[picture.title for picture in row] for row in shown] == [["0°", "90°", "180°", "270°"]] * 2
+    for image, row in zip(x, shown, strict=True):
+        assert all(torch.equal(picture.image, image.rot90(turn, (1, 2))) for turn, picture in enumerate(row))

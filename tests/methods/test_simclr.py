@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sslpre.methods import simclr
 from sslpre.methods.simclr import nt_xent
+from sslpre.objective import Batch, Setup
 
 
 def slow(z1, z2, temperature):
@@ -106,3 +107,14 @@ def test_rows_keep_no_matrix(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         nt_xent(z1, z2, 0.2).backward()
     assert max(kept) <= 256 * 4  # nothing larger than z itself, where the matrix has 256 × 256
+
+
+def test_pictures_are_the_two_views():
+    mean, x = torch.zeros(3), torch.rand(2, 4, 3, 8, 8)
+    encoder = torch.nn.Flatten()
+    encoder.dim = 192
+    method = simclr.SimCLR(Setup(4, None, 4, (8, 8), mean, mean + 1, lambda colour, size: encoder))
+    index = torch.arange(4)
+    shown = method.pictures(Batch([*x], index, torch.full_like(index, -1), 0.0, 0, 0))
+    assert [[picture.title for picture in row] for row in shown] == [["view 1", "view 2"]] * 4
+    assert all(torch.equal(shown[i][view].image, x[view, i]) for i in range(4) for view in range(2))

@@ -256,6 +256,22 @@ def test_the_reference_makes_the_recipes_views(turns):
         reference(whole, 8)(pixels, torch.tensor([[16, 17]]).expand(200, 2), index, 0)
 
 
+def test_kmeans(script, capsys):
+    threads = torch.get_num_threads()
+    words = ("--rows", 400, "--clusters", 5, 20, "--width", 8, "--iterations", 3, "--rounds", 2)
+    told = script("kmeans", *words)
+    assert torch.get_num_threads() == threads == 1
+    assert [(one["rows"], one["clusters"]) for one in told["kmeans"]] == [(400, 5), (400, 20)]
+    for one in told["kmeans"]:
+        assert set(one["found"]) >= {"sslpre", "scikit-learn"}
+        mine, theirs = one["found"]["sslpre"], one["found"]["scikit-learn"]
+        assert one["ratios"]["scikit-learn"] == pytest.approx(theirs["seconds"] / mine["seconds"])
+        assert one["inertia_ratios"]["scikit-learn"] == pytest.approx(1, rel=1e-4)  # no cluster gets empty here
+        assert mine["inertia"] < 400 and mine["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "scikit-learn" in printed and "s an iteration" in printed
+
+
 def test_turns(turns):
     order: list[str] = []
     given = turns.in_turn({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, 3)

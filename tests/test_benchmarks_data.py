@@ -1,8 +1,10 @@
-"""The scripts tests/benchmarks/fidelity.py and growth.py at a tiny size: what they count is right, and they finish."""
+"""The scripts fidelity.py, growth.py and methods.py of tests/benchmarks/ at a tiny size: what they count is right."""
 
+import itertools
 import json
 import mmap
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 FIDELITY = SimpleNamespace(**runpy.run_path(str(FOLDER / "fidelity.py")))
 GROWTH = SimpleNamespace(**runpy.run_path(str(FOLDER / "growth.py")))
+METHODS = SimpleNamespace(**runpy.run_path(str(FOLDER / "methods.py")))
 
 
 def run(script: str, *words: object, child: dict[str, str]) -> str:
@@ -130,3 +133,120 @@ def test_the_peak_is_counted_anew():
     again = written()
     assert 50e6 < GROWTH.peak() - before < 90e6
     again.close()
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path, capsys):
+    """Run methods.py with a ledger of its own; its table's cells, row by row, and the ledger's lines."""
+    monkeypatch.setenv("SSLPRE_CACHE", str(tmp_path))  # so that what the script puts there is put back
+    path = tmp_path / "methods.jsonl"
+
+    def run(*words: object) -> tuple[list[list[str]], list[dict]]:
+        more = ("--ledger", path, "--measure", 0, "--device", "cpu", "--set", "train.precision=fp32")
+        monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, (*words, *more))])
+        capsys.readouterr()
+        METHODS.main()
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in row] for row in rows], METHODS.read(path)
+
+    return run
+
+
+def test_every_method_is_measured(compare, photos, tmp_path, monkeypatch):
+    from sslpre.methods import methods
+
+    for name in ("train", "test"):
+        shutil.copytree(photos, tmp_path / "split" / name)
+    words = ("--images", tmp_path / "split", "--minutes", 1e-6)
+    rows, lines = compare(*words)
+    assert {line["method"] for line in lines} == {*methods(), "random weights", "raw pixels"}
+    assert [row[0] for row in rows[:2]] == ["method", "---"] and len(rows) == 2 + len(lines)
+    assert [row[0] for row in rows[-2:]] == ["random weights", "raw pixels"]
+    for line in lines:
+        assert line["commit"] is not None and line["images"] == "split" and line["minutes"] == 1e-6
+        for row in line["rows"]:
+            for score in (row["linear"], row["knn"]):
+                assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
+        if line["method"] in methods():
+            assert line["epochs"] == 1 and line["steps"] == 12 and 'name = "' + line["method"] in line["recipe"]
+            assert [row["features"] for row in line["rows"]][-1] == "output" and len(line["rows"]) == 6
+    monkeypatch.setitem(METHODS.on_images.__globals__, "trained", None)  # calling it would fail
+    assert compare(*words) == (rows, lines), "what is in the ledger is not measured again"
+    assert compare("--table") == (rows, lines)
+
+
+def test_settings_are_chosen_without_a_look_at_test_images(compare, photos, tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "train").symlink_to(photos)
+    words = ("--images", tmp_path / "only", "--minutes", 1e-6, "--only", "rotation")
+    tries = ("--try", "rotation:optim.lr=0.3,optim.momentum=0.5", "--try", "simclr:optim.lr=1")
+    rows, lines = compare(*words, "--choose", *tries)
+    assert [line["settings"] for line in lines] == [[], ["optim.lr=0.3", "optim.momentum=0.5"]]
+    assert all(line["choosing"] and line["method"] == "rotation" and line["steps"] == 9 for line in lines), "36 images"
+    assert "lr = 0.3\n" in lines[1]["recipe"] and "momentum = 0.5\n" in lines[1]["recipe"]
+    assert len(rows) == 4
+    with pytest.raises(SystemExit, match="no test/"):
+        compare(*words)
+    with pytest.raises(SystemExit, match="no method rotatoin"):
+        compare(*words, "--only", "rotatoin")
+
+
+def test_a_method_that_is_refused_does_not_stop_the_others(compare, photos, tmp_path):
+    for name in ("train", "test"):
+        shutil.copytree(photos, tmp_path / "split" / name)
+    words = ("--images", tmp_path / "split", "--minutes", 1e-6, "--only", "rotation", "--choose")
+    with pytest.raises(SystemExit, match=r"not measured:\nsplit: rotation train\.batch_size=1000: batch size `1000`"):
+        compare(*words, "--try", "rotation:train.batch_size=1000")
+    assert len(METHODS.read(tmp_path / "methods.jsonl")) == 1
+
+
+def line_of(method: str, low: float, high: float, settings: tuple[str, ...] = (), choosing: bool = False) -> dict:
+    middle = {"accuracy": (low + high) / 2, "low": low, "high": high}
+    rows = [{"features": name, "linear": middle, "knn": middle} for name in ("layer1", "output")]
+    about = {"images": "x", "fingerprint": "f", "backbone": "b", "set": [], "minutes": 1.0, "choosing": choosing}
+    return {**about, "method": method, "settings": [*settings], "rows": rows, "best": {"linear": "layer1"}}
+
+
+def test_what_was_best_on_held_out_images_is_taken():
+    lines = [line_of("a", 0.1 * at, 0.1 * at + 0.2, (f"s={at}",), True) for at in (1, 5, 3)]
+    asked = lines[0]
+    assert METHODS.chosen("a", asked, lines) == ("s=5",)
+    assert METHODS.chosen("b", asked, lines) == METHODS.chosen("a", {**asked, "fingerprint": "g"}, lines) == ()
+    assert METHODS.chosen("a", asked, [line_of("a", 0.9, 1.0, ("s=9",)), *lines]) == ("s=5",), "not by test images"
+    more = line_of("b", 0.8, 0.9, ("s=7",), True) | {"minutes": 30.0}
+    assert METHODS.chosen("b", asked, [*lines, more]) == (), "more time than there is"
+    lines += [more, more | {"method": "a", "minutes": 0.5}]
+    assert METHODS.chosen("a", asked, lines) == ("s=5",), "less time than others had"
+    assert METHODS.chosen("b", asked | {"minutes": 40.0}, lines) == ("s=7",)
+
+
+def test_better_than_random_weights_by_both_intervals():
+    random = line_of("random weights", 0.3, 0.4)
+    random["rows"][1]["linear"] = {"accuracy": 0.45, "low": 0.4, "high": 0.5}
+    trained = {"epochs": 3, "seconds": 300.0, "views_per_s": 1234.5}
+    (_, rows), *_ = METHODS.tables([line_of("a", 0.5, 0.6) | trained, line_of("b", 0.51, 0.6) | trained, random])
+    assert [(row[0], row[-1]) for row in rows] == [("b", "yes"), ("a", "no"), ("random weights", "")]
+    assert rows[0][1:7] == ["", "3", "5 min", "1,234", "layer1", "55.5 [51.0, 60.0]"]
+
+
+def test_a_budget_becomes_epochs(photos, tmp_path, monkeypatch):
+    """By a clock that is a second on at each look: a second for the look at every image, two steps of 1.5 s."""
+    from sslpre.data.find import find
+
+    monkeypatch.setenv("SSLPRE_CACHE", str(tmp_path))
+    monkeypatch.setitem(
+        METHODS.affordable.__globals__, "time", SimpleNamespace(monotonic=itertools.count(1.0).__next__)
+    )
+    found, where = find(photos), torch.device("cpu")
+    recipe = METHODS.ours.resolved("rotation", found, where, ("encoder.backbone=test_resnet", "train.precision=fp32"))
+    arguments = SimpleNamespace(minutes=10.0, measure=2.0)
+    assert METHODS.affordable(recipe, found, where, tmp_path, arguments) == 600 // (1 + 12 * 1.5)
+
+
+def test_half_a_line_of_a_ledger_does_not_count(tmp_path):
+    path = tmp_path / "m.jsonl"
+    assert METHODS.read(path) == []
+    path.write_text('{"a": 1}\n{"a": ')
+    assert METHODS.read(path) == [{"a": 1}]
+    METHODS.add(path, {"b": 2})
+    assert [line.get("b") for line in METHODS.read(path)] == [None, 2]

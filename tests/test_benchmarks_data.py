@@ -170,6 +170,12 @@ def test_every_method_is_measured(compare, photos, tmp_path, monkeypatch):
         if line["method"] in methods():
             assert line["epochs"] == 1 and line["steps"] == 12 and 'name = "' + line["method"] in line["recipe"]
             assert [row["features"] for row in line["rows"]][-1] == "output" and len(line["rows"]) == 6
+            told = [cells[5] for cells in rows if cells[0] == line["method"]]
+            if line["method"] == "inpainting":
+                assert told == [""] and {"encoder.rec", "encoder.blank", "encoder.loss"} <= set(line["learned"])
+            else:
+                assert told == [f"{line['learned']['loss']:.2f} of {line['chance']:.2f}"]
+                assert 0 < line["learned"]["loss"] < 3 * line["chance"]
     monkeypatch.setitem(METHODS.on_images.__globals__, "trained", None)  # calling it would fail
     assert compare(*words) == (rows, lines), "what is in the ledger is not measured again"
     assert compare("--table") == (rows, lines)
@@ -179,9 +185,9 @@ def test_settings_are_chosen_without_a_look_at_test_images(compare, photos, tmp_
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train").symlink_to(photos)
     words = ("--images", tmp_path / "only", "--minutes", 1e-6, "--only", "rotation")
-    tries = ("--try", "rotation:optim.lr=0.3,optim.momentum=0.5", "--try", "simclr:optim.lr=1")
+    tries = ("--try", "rotation:optim.lr=0.3,optim.betas=[0.5,0.9],optim.momentum=0.5", "--try", "simclr:optim.lr=1")
     rows, lines = compare(*words, "--choose", *tries)
-    assert [line["settings"] for line in lines] == [[], ["optim.lr=0.3", "optim.momentum=0.5"]]
+    assert [line["settings"] for line in lines] == [[], ["optim.lr=0.3", "optim.betas=[0.5,0.9]", "optim.momentum=0.5"]]
     assert all(line["choosing"] and line["method"] == "rotation" and line["steps"] == 9 for line in lines), "36 images"
     assert "lr = 0.3\n" in lines[1]["recipe"] and "momentum = 0.5\n" in lines[1]["recipe"]
     assert len(rows) == 4
@@ -223,10 +229,10 @@ def test_what_was_best_on_held_out_images_is_taken():
 def test_better_than_random_weights_by_both_intervals():
     random = line_of("random weights", 0.3, 0.4)
     random["rows"][1]["linear"] = {"accuracy": 0.45, "low": 0.4, "high": 0.5}
-    trained = {"epochs": 3, "seconds": 300.0, "views_per_s": 1234.5}
+    trained = {"epochs": 3, "seconds": 300.0, "views_per_s": 1234.5, "chance": 2.079, "learned": {"loss": 1.5}}
     (_, rows), *_ = METHODS.tables([line_of("a", 0.5, 0.6) | trained, line_of("b", 0.51, 0.6) | trained, random])
     assert [(row[0], row[-1]) for row in rows] == [("b", "yes"), ("a", "no"), ("random weights", "")]
-    assert rows[0][1:7] == ["", "3", "5 min", "1,234", "layer1", "55.5 [51.0, 60.0]"]
+    assert rows[0][1:8] == ["", "3", "5 min", "1,234", "1.50 of 2.08", "layer1", "55.5 [51.0, 60.0]"]
 
 
 def test_a_budget_becomes_epochs(photos, tmp_path, monkeypatch):

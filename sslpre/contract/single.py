@@ -57,13 +57,13 @@ def recipe_name(method: str) -> str:
     raise LookupError(f"no recipe of method `{method}`: put one into the package, as recipes/{method}.toml")
 
 
-def recipe_of(method: str, **tables: Mapping[str, Any]) -> Recipe:
+def recipe_of(method: str, /, **tables: Mapping[str, Any]) -> Recipe:
     """The method's recipe, made small; `tables` come last: `recipe_of("simclr", train={"epochs": 1})`."""
     merged = {table: {**TINY.get(table, {}), **tables.get(table, {})} for table in TINY | tables}
     return recipes.load(recipe_name(method), (), merged)
 
 
-def start(method: str, folder: Path, count: int = 40, **tables: Mapping[str, Any]) -> loop.Run:
+def start(method: str, /, folder: Path, count: int = 40, **tables: Mapping[str, Any]) -> loop.Run:
     """A run of the method in `folder`, on `count` images of the sample set, not yet trained."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return build(folder, recipe_of(method, **tables), few(count), CPU, 1)

@@ -20,12 +20,15 @@ ITERATIONS = 20  # of k-means, as in the authors' code
 MEMBERS = 40  # images of a cluster on average, where the recipe leaves their number open
 POINTS = 8  # images at least for each whitened direction: N points in N − 1 of them are all equally far apart
 FLAT = 1e-6  # share of the largest variance below which a direction holds rounding alone
+SEEN = 10_000  # images from one clustering to the next, where it is left open: a new classifier needs steps
 BLOCK = 8192  # images whose features are looked at together
 SHOWN = 8  # images of a cluster in a picture
 
 
 class DeepCluster(Objective):
-    """clusters: k, 0 for a fortieth of the images; components: of the PCA; sobel: the network sees edges, no colour."""
+    """clusters: k, 0 for a fortieth of the images; components: of the PCA; sobel: the network sees edges, no colour;
+    reassign: epochs from one clustering to the next, 0 for as many as 10,000 images take, and 1 at least.
+    """
 
     assignments: Tensor  # [N], the cluster of each image
     weights: Tensor  # [K], of a cluster's images in the loss
@@ -37,8 +40,11 @@ class DeepCluster(Objective):
         clusters: Annotated[int, Field(ge=0)] = 0,
         components: Annotated[int, Field(ge=1)] = 256,
         sobel: bool = False,
+        reassign: Annotated[int, Field(ge=0)] = 1,
     ):
         super().__init__()
+        self.reassign = reassign or max(1, SEEN // setup.images)
+        self.anew = True  # whether the epoch began with new clusters
         self.clusters = clusters or min(setup.images, max(2, setup.images // MEMBERS))
         if clusters == 1:
             raise SslpreError("`1` cluster has nothing to tell apart", "--set method.clusters=0, one for 40 images")
@@ -59,6 +65,9 @@ class DeepCluster(Objective):
 
     def epoch_start(self, epoch: Epoch) -> list[nn.Module]:
         """Section 3.2: cluster the features, and begin with a new classifier, for clusters have no order."""
+        self.anew = epoch.number % self.reassign == 0
+        if not self.anew:
+            return []
         features = epoch.every_image(self.features)
         if not features.isfinite().all():
             told = f"features not finite at the start of epoch {epoch.number + 1}"
@@ -85,8 +94,10 @@ class DeepCluster(Objective):
             return Loss((self.weights[y] * each).mean(), {"accuracy": right})  # equation 1; the weights of section 3.3
 
     def notes(self) -> dict[str, Any]:
-        """nmi: section 4.1, with the epoch before; clusters: with images; sizes: the number of clusters that have
-        none, 1, 2–3, 4–7, 8–15, … images."""
+        """Of an epoch that clusters. nmi: section 4.1, with the clusters before; clusters: with images; sizes: the
+        number of clusters that have none, 1, 2–3, 4–7, 8–15, … images."""
+        if not self.anew:
+            return {}
         sizes = self.sizes.tolist()
         powers = [size.bit_length() for size in sizes]
         histogram = [powers.count(power) for power in range(max(powers) + 1)]

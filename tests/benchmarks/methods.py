@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,10 +45,11 @@ from sslpre.train.loop import Run
 from sslpre.train.progress import duration, say
 
 HELD_OUT = 0.2
+SETTING = re.compile(r",(?=[a-z]\w*\.)")  # a comma before TABLE.KEY, not one within a list
 WARM = 2  # steps before time is taken
 RANDOM, RAW = "random weights", "raw pixels"
-HEAD = ("method", "settings", "epochs", "time", "views/s", "best stage", "linear", "output, linear", "output, kNN")
-HEAD = (*HEAD, "beats random")
+HEAD = ("method", "settings", "epochs", "time", "views/s", "loss of chance", "best stage", "linear")
+HEAD = (*HEAD, "output, linear", "output, kNN", "beats random")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def tasks(setting: dict[str, Any], arguments: argparse.Namespace) -> Iterator[Ta
         tries = [one.partition(":")[2] for one in arguments.tries if one.partition(":")[0] == name]
         if setting["choosing"]:
             for one in ("", *tries):
-                yield Task(name, tuple(filter(None, one.split(","))), True)
+                yield Task(name, tuple(filter(None, SETTING.split(one))), True)
         else:
             yield Task(name, chosen(name, setting, read(arguments.ledger)), False)
 
@@ -190,12 +192,21 @@ def trained(
         place = Path(folder) / "run"
         with filled(place, recipe, found, where) as run:
             figures = loop.train(run)
+            told = {"chance": run.objective.chance, "learned": learned(place / "metrics.jsonl")}
         (place / "recipe.toml").write_text(ours.recipes.write(run.recipe), encoding="utf-8")
         encoder, _, _ = open_run(place, where)
     views = len(run.views.sides)
-    told = {"epochs": epochs, "steps": run.step, "seconds": figures["seconds"], "image_size": encoder.image_size}
+    told |= {"epochs": epochs, "steps": run.step, "seconds": figures["seconds"], "image_size": encoder.image_size}
     told |= {"views_per_s": views * figures["images_per_s"], "recipe": ours.recipes.write(run.recipe)}
     return encoder, int(recipe.data.store_size), told
+
+
+def learned(path: Path) -> dict[str, float]:
+    """Means of the loss and of each term over the last epoch: whether the task itself was learned."""
+    lines = [one for one in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "lr" in one]
+    lines = [one for one in lines if one["epoch"] == lines[-1]["epoch"]]
+    names = list(lines[0])[: list(lines[0]).index("lr")]
+    return {name: sum(one[name] for one in lines) / len(lines) for name in names if name not in ("step", "epoch")}
 
 
 def affordable(recipe: Recipe, found: Found, where: torch.device, folder: Path, arguments: argparse.Namespace) -> int:
@@ -323,9 +334,11 @@ def cells(line: dict[str, Any], random: dict[str, Any] | None) -> list[str]:
     if random is not None and "epochs" in line:
         theirs = max(row["linear"]["high"] for row in random["rows"])
         beats = "yes" if top["linear"]["low"] > theirs else "no"
-    trained = ["", "", ""]
+    trained = ["", "", "", ""]
     if "epochs" in line:
-        trained = [str(line["epochs"]), duration(line["seconds"]), f"{line['views_per_s']:,.0f}"]
+        trained = [str(line["epochs"]), duration(line["seconds"]), f"{line['views_per_s']:,.0f}", ""]
+        if line.get("chance"):  # the inpainter's loss has no such value, nor had lines of old a place for it
+            trained[3] = f"{line['learned']['loss']:.2f} of {line['chance']:.2f}"
     scores = [top["linear"], last["linear"], last["knn"]]
     return [line["method"], " ".join(line["settings"]), *trained, top["features"], *map(percent, scores), beats]
 

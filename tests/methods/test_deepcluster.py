@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import homogeneity_score, normalized_mutual_info_score
 from torch import nn
 
+from sslpre.contract import single
 from sslpre.contract.single import start as begin
 from sslpre.errors import SslpreError
 from sslpre.methods.deepcluster import DeepCluster, balanced, mutual_information, whitened
@@ -123,6 +125,28 @@ def test_an_epoch_begins_with_clusters_of_what_looks_alike_and_a_new_classifier(
     assert not method.head.weight.equal(weight)
     same = normalized_mutual_info_score(before, method.assignments, average_method="geometric")
     assert method.notes()["nmi"] == pytest.approx(same) and 0.5 < same < 1
+
+
+@pytest.mark.parametrize(("asked", "images", "every"), [(1, 24, 1), (3, 24, 3), (0, 3000, 3), (0, 20_000, 1)])
+def test_clusters_last_for_as_many_epochs_as_asked(asked, images, every):
+    method = method_of(images, clusters=4, reassign=asked)
+    looks = []
+
+    def look(f):
+        looks.append(f)
+        return torch.rand(images, 12, dtype=torch.float64)
+
+    for number in range(7):
+        before = method.assignments.clone()
+        method.head.weight.data.fill_(2.0)
+        again = method.epoch_start(Epoch(number, look))
+        if number % every:
+            assert again == [] and method.notes() == {} and method.assignments.equal(before)
+            assert (method.head.weight == 2).all(), "the classifier goes on"
+        else:
+            assert again == [method.head] and (method.head.weight != 2).all()
+            assert ("nmi" in method.notes()) == (number > 0)
+    assert len(looks) == -(-7 // every)
 
 
 def test_notes_leave_out_what_is_not_known_and_count_clusters_by_size():
@@ -250,9 +274,16 @@ def test_softmax_is_fp32_under_autocast():
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("stops", [[4], [1, 4, 6, 9]], ids=["once", "four times"])
+def test_resume_is_exact_where_each_epoch_clusters(stops, tmp_path, monkeypatch):
+    """The recipe would cluster so few images only once."""
+    monkeypatch.setattr(single, "recipe_of", partial(single.recipe_of, method={"reassign": 1}))
+    single.test_resume_mid_epoch_is_exact("deepcluster", stops, tmp_path, monkeypatch)
+
+
 def test_metrics_tell_of_each_epochs_clusters(tmp_path):
     """Through a whole run: NMI from the second epoch on."""
-    run = begin("deepcluster", tmp_path, 80, train={"epochs": 3})
+    run = begin("deepcluster", tmp_path, 80, train={"epochs": 3}, method={"reassign": 1})
     loop.train(run)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     notes = [line for line in told if "sizes" in line]

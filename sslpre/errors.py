@@ -6,7 +6,8 @@ class SslpreError(Exception):
 
     Exit codes: 2 usage or recipe · 3 environment · 4 no or unreadable data, no labels · 5 unreadable checkpoint ·
     6 resume refused · 10 non-finite loss · 12 out of memory · 15 another process failed ·
-    20 too many bad images · 130 Ctrl-C. `everywhere`: every process of the run raises it, and the first one tells.
+    20 too many bad images · 128 + n after signal n.
+    `everywhere`: every process of the run raises it, and the first one tells.
     """
 
     def __init__(self, message: str, hint: str = "", code: int = 2):

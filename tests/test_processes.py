@@ -181,6 +181,28 @@ def test_a_killed_process_ends_the_other(photos, tmp_path, processes):
     )
 
 
+def test_a_signal_to_one_process_stops_both_at_the_same_step(photos, tmp_path, processes):
+    running = processes(["pretrain", "rotation", photos, *SMALL, "--epochs", "500", "--out", "r"])
+    wait_for(tmp_path / "r/checkpoints/step-00000003/MANIFEST.json", running)
+    running[1].send_signal(signal.SIGTERM)
+    first, second = ended(running)
+    assert first[0] == second[0] == 143, first[1]
+    assert "error: stopped by SIGTERM: `r` is saved at step" in first[1] and "stopped" not in second[1]
+
+
+def test_under_torchrun_sigterm_is_saved_within_its_30_seconds(photos, tmp_path, child):
+    words = ["pretrain", "rotation", str(photos), *SMALL, "--epochs", "500", "--out", "r"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sslpre"]
+    launcher = subprocess.Popen([*torchrun, *words], cwd=tmp_path, env=child, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "r/checkpoints/step-00000003/MANIFEST.json", [launcher])
+    begun = time.monotonic()
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=60)
+    assert time.monotonic() - begun < 30 and launcher.returncode != 0
+    step = int(err.split("error: stopped by SIGTERM: `r` is saved at step ")[1].split()[0])
+    assert (tmp_path / f"r/checkpoints/step-{step:08d}/MANIFEST.json").exists()
+
+
 @pytest.fixture
 def fuse(tmp_path):
     """Environment in which process 1 meets a mistake of the code in its third step."""

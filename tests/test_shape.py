@@ -40,6 +40,7 @@ WALLS = {
     "foreign": ("train", "recipe", "data", "cli", "probe", "methods", "objective", "views"),
     "start": ("recipe", "data", "cli", "probe", "methods", "objective", "views"),  # of train only what opens a run
     "weights": ("recipe", "data", "cli", "probe", "export", "methods", "objective", "views", "encoder", "start"),
+    "signals": ("train", "recipe", "data", "probe", "export", "methods"),
     "synced": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
 }
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
-from sslpre import __version__
-from sslpre.cli import bench, export, import_, pack, pretrain, preview, probe, processes, recipes
+from sslpre import __version__, signals
+from sslpre.cli import bench, export, hearers, import_, pack, pretrain, preview, probe, processes, recipes
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError, printable
+
+PIPE = 13  # SIGPIPE, which some systems have not
 
 app = typer.Typer(
     cls=Group,
@@ -67,9 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(words: list[str]) -> int:
     """Run one command line and return its exit code; an error is one `error:` and one `hint:` line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file name need not be text in the terminal's encoding
+    with hearers.minded(), signals.tidy() as met:
+        ending = understood(words, met)
+    processes.end(ending)
+    return ending
+
+
+def understood(words: list[str], met: list[int]) -> int:
+    """The same, with signals looked after: `met` has those that came."""
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
@@ -78,38 +83,32 @@ def run(words: list[str]) -> int:
     try:
         code = command.main(words or ["--help"], prog_name="sslpre", standalone_mode=False)
         sys.stdout.flush()
-        if code == 130:
+        if code == 130 or met:
             raise KeyboardInterrupt  # Typer makes an exit code of it
         return int(code or 0)
     except UsageError as error:
         told, cause = in_our_words(error, words, command), error
     except SslpreError as error:
         told, cause = error, error
-    except BrokenPipeError:
-        discard_output()  # the reader went away (`| head`); nobody is left to tell
-        return 1
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # else Typer has caught it
+        hearers.give_up(sys.stdout)  # the reader went away (`| head`); nobody is left to tell
+        return signals.code(PIPE)
     except (KeyboardInterrupt, typer.Abort) as error:
-        told, cause = interrupted(first_plain(words)), error
+        told, cause = interrupted(first_plain(words), met[0] if met else signal.SIGINT), error
     except Exception as error:
         told, cause = surprise(error, first_plain(words)), error
         if isinstance(error, OSError) and error.filename is None:  # it may be stdout that cannot be written: give it up
-            discard_output()
+            hearers.give_up(sys.stdout)
     if debug:
         import traceback
 
         traceback.print_exception(cause)
-    told.everywhere = getattr(cause, "everywhere", False) or told.code == 130  # a terminal's Ctrl-C goes to all
-    ending = processes.in_turn(told, tell)
-    processes.end(ending)
-    return ending
+    told.everywhere = getattr(cause, "everywhere", False) or told.code > 128  # a terminal's Ctrl-C goes to all
+    return processes.in_turn(told, tell)
 
 
 def tell(told: SslpreError) -> None:
     print(f"error: {printable(told.message)}", file=sys.stderr)
     print(f"hint: {printable(told.hint or 'add --debug to see where it happened')}", file=sys.stderr)
-
-
-def discard_output() -> None:
-    """Send what is left in stdout's buffer nowhere, so that the interpreter's last flush does not fail."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

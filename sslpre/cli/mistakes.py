@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from sslpre import signals
 from sslpre.errors import SslpreError
 from sslpre.shelf import names
 
@@ -66,10 +67,11 @@ def first_plain(words: Sequence[str]) -> str | None:
     return next((word for word in words if not word.startswith("-")), None)
 
 
-def interrupted(verb: str | None) -> SslpreError:
-    """Ctrl-C where nothing was said about it yet."""
+def interrupted(verb: str | None, number: int) -> SslpreError:
+    """A signal where nothing was said about it yet."""
     again = "before its first step a new run leaves nothing; one that was resumed is as it was: type it again"
-    return SslpreError("interrupted", again if verb == "pretrain" else "nothing was written; type it again", 130)
+    hint = again if verb == "pretrain" else "nothing was written; type it again"
+    return SslpreError(signals.words(number), hint, signals.code(number))
 
 
 def surprise(error: Exception, verb: str | None) -> SslpreError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sslpre import signals
 from sslpre.cli.words import check_folder, flag, not_empty, number, whole
 from sslpre.errors import SslpreError, printable
 
@@ -61,7 +62,7 @@ def pack(
 
 
 def write(images: str, out: str | None, side: int | None, workers: int, limit: float) -> dict[str, Any]:
-    """Fill the file, and say so; gives the summary. Raises SslpreError: 3 no space, 4 no images, 20 bad images, 130."""
+    """Fill the file, and say so; gives the summary. Raises SslpreError: 3 no space, 4 no images, 20 bad, 128 + n."""
     from sslpre.data.room import amount
     from sslpre.data.store import pack as fill
     from sslpre.data.stream import BadList
@@ -90,10 +91,12 @@ def write(images: str, out: str | None, side: int | None, workers: int, limit: f
         try:
             with contextlib.closing(fill(source, side, place, workers, bad, progress)) as store:
                 held, taken = store.held, store.bytes
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            which = signals.number_of(error)
             command = ["sslpre", "pack", images, *([out] if out else []), *(["--size", str(side)] if not note else [])]
-            message = f"interrupted: {already(source, side, path):,} of {total:,} images are in `{path}`"
-            raise SslpreError(message, f"the same command goes on: {shlex.join(command)}", 130) from None
+            message = f"{signals.words(which)}: {already(source, side, path):,} of {total:,} images are in `{path}`"
+            hint = f"the same command goes on: {shlex.join(command)}"
+            raise SslpreError(message, hint, signals.code(which)) from None
     seconds = clock.seconds()
     rate = (held - before) / seconds
     if held == before:

@@ -54,8 +54,8 @@ class Run:
 def train(run: Run) -> dict[str, float]:
     """From `run.step` to the end. Returns seconds, images_per_s and waiting of this process.
 
-    Raises Interrupted after Ctrl-C, with the state saved; SslpreError as `take_step`, and exit 20 with too many bad
-    images. Of several processes each calls it, and the first one writes.
+    Raises Interrupted after a signal to any process, with the state saved; SslpreError as `take_step`, and exit 20 with
+    too many bad images. Of several processes each calls it, and the first one writes.
     """
     meter, saved_at = Meter(), time.monotonic()
     an_epoch, minutes = run.stream.steps_per_epoch, run.recipe.train.checkpoint_minutes
@@ -78,8 +78,8 @@ def train(run: Run) -> dict[str, float]:
             meter.add(len(pixels.index) * ranks.world(), run.stream.waited)
             display.step(run.step)
             late = time.monotonic() - saved_at > 60 * minutes
-            wishes = [metrics.due(run, meter), run.step % an_epoch == 0 or late, stop(), bool(run.stream.bad.pending)]
-            log_now, save_now, stop_now, bad = map(bool, distributed.summed([float(wish) for wish in wishes]))
+            wishes = [metrics.due(run, meter), run.step % an_epoch == 0 or late, stop(), run.stream.bad.pending]
+            log_now, save_now, stop_now, bad = map(bool, distributed.summed([float(bool(wish)) for wish in wishes]))
             if bad:
                 tell_bad(run)
             if log_now or save_now or stop_now:
@@ -90,7 +90,7 @@ def train(run: Run) -> dict[str, float]:
                 save(run, meter)
                 saved_at = time.monotonic()
             if stop_now and run.step < run.steps:
-                raise Interrupted
+                raise Interrupted(max(distributed.collected([stop()])))
     return meter.total()
 
 

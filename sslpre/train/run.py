@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import sslpre
-from sslpre import export, weights
+from sslpre import export, signals, weights
 from sslpre import recipe as recipes
 from sslpre import start as starts
 from sslpre.data.find import Found, find
@@ -57,7 +57,7 @@ class Finished:
 
 
 def pretrain(options: Options) -> Finished:
-    """Start or resume a run and train it to its end. Raises SslpreError; exit 130 after Ctrl-C."""
+    """Start or resume a run and train it to its end. Raises SslpreError; exit 128 + n after signal n."""
     memory.keep_freed()
     where = device.pick(options.device)
     distributed.join(where)
@@ -314,10 +314,10 @@ def finish(run: loop.Run) -> Finished:
     distributed.same_weights(run.objective)
     try:
         figures = loop.train(run)
-    except loop.Interrupted:
+    except loop.Interrupted as signal:
         hint = f"sslpre pretrain --resume {shlex.quote(str(run.folder))}"
-        message = f"interrupted: `{run.folder}` is saved at step {run.step} of {run.steps}"
-        raise distributed.everywhere(SslpreError(message, hint, 130)) from None
+        message = f"{signals.words(signal.number)}: `{run.folder}` is saved at step {run.step} of {run.steps}"
+        raise distributed.everywhere(SslpreError(message, hint, signals.code(signal.number))) from None
     distributed.leave()
     if not distributed.first():
         return Finished(run.folder, run.recipe, {})

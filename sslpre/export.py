@@ -25,7 +25,7 @@ from torch import nn
 
 import sslpre
 from sslpre.encoder import SIDES, SIZES, Encoder, check_arguments, side, standardisation
-from sslpre.errors import SslpreError
+from sslpre.errors import SslpreError, disk_code
 from sslpre.ops.floats import in_float32
 from sslpre.synced import sync_folder, write_synced
 from sslpre.timm import small_stem_of
@@ -85,7 +85,8 @@ def write(encoder: Encoder, facts: dict[str, str], out: Path) -> None:
             write_folder(encoder, facts, out)
     except OSError as error:
         hint = "name an OUT in a folder that you can write to, with enough space"
-        raise SslpreError(f"cannot write `{out}`: {(error.strerror or 'unknown reason').lower()}", hint, 3) from error
+        why = (error.strerror or "unknown reason").lower()
+        raise SslpreError(f"cannot write `{out}`: {why}", hint, disk_code(error)) from error
 
 
 def write_file(encoder: Encoder, facts: dict[str, str], out: Path) -> None:

@@ -146,6 +146,9 @@ def exit_codes() -> set[int | str]:
                 given = [*node.args[2:3], *(word.value for word in node.keywords if word.arg == "code")]
                 for code in given or [ast.Constant(2)]:
                     name = f"{path.stem}.{code.id}" if isinstance(code, ast.Name) else ast.unparse(code)
+                    if isinstance(code, ast.Call) and ast.unparse(code.func) == "disk_code":
+                        codes |= {3, 13}
+                        continue
                     if isinstance(code, ast.Call) and ast.unparse(code.func) == "signals.code":
                         codes.add(SIGNAL)
                         continue

@@ -321,7 +321,7 @@ def test_folders_made_for_nothing_are_removed(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_synced", full)
-    assert "no space left" in reason(3, export, encoder(), FACTS, tmp_path / "new/deep/e.safetensors")
+    assert "no space left" in reason(13, export, encoder(), FACTS, tmp_path / "new/deep/e.safetensors")
     chroma = build("test_resnet", image_size=32, mean=MEAN, std=STD, colour="chroma")
     reason(2, export, chroma, FACTS, tmp_path / "new/e.safetensors")
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]

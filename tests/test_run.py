@@ -21,6 +21,7 @@ from sslpre.train import checkpoint, loop
 from sslpre.train import run as runs
 from sslpre.train.announce import shorter
 from sslpre.train.build import build
+from sslpre.train.disk import Disk
 from sslpre.train.progress import Meter
 from sslpre.train.runs import find_run
 
@@ -184,12 +185,12 @@ def test_a_complete_checkpoint_of_step_0_is_not_written_again(pictures, tmp_path
     chosen = {"data": {"store_size": 64}, "optim": {"lr": 0.1, "warmup": 0.1}}
     recipe = recipes.load("simclr", (), wanted.overrides | chosen)
     seen, save = [], loop.save
-    monkeypatch.setattr(loop, "save", lambda run, meter: (seen.append(run.step), save(run, meter)))
+    monkeypatch.setattr(loop, "save", lambda run, *rest, **more: (seen.append(run.step), save(run, *rest, **more)))
     for before in (False, True):
         run = build(tmp_path, recipe, find(pictures), torch.device("cpu"), wanted.workers)
         if before:
             shutil.rmtree(tmp_path / "checkpoints")
-            save(run, Meter())
+            save(run, Meter(), Disk(tmp_path), patient=False)
         loop.train(run)
     assert seen == [0, 6, 12, 6, 12]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from typing import Any
 import typer
 
 from sslpre import signals
-from sslpre.errors import SslpreError
+from sslpre.errors import SslpreError, disk_code
 from sslpre.shelf import names
 
 # click's exceptions, or those of the copy that newer Typers carry: whichever this Typer raises.
@@ -83,8 +82,8 @@ def surprise(error: Exception, verb: str | None) -> SslpreError:
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or os.strerror(error.errno)).lower()
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = disk_code(error) == 13
         hint = "free some space there, or write to another disk" if full else "check the path and its permissions"
-        return SslpreError(f"{reason}: `{path}`" if path else reason, hint, 3)
+        return SslpreError(f"{reason}: `{path}`" if path else reason, hint, disk_code(error))
     what = f"internal: {name}: {error}"
     return SslpreError(what, "this is a mistake in sslpre: add --debug and report what it prints", 1)

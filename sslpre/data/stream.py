@@ -103,14 +103,21 @@ class BadList:
             if entry["name"] not in self._known:
                 self._known.add(entry["name"])
                 if self._first:
-                    if self.path is not None:
-                        with open(self.path, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(entry) + "\n")
-                    self._say(
-                        f"skipped `{entry['name']}`: {entry['reason']}. {self.count:,} bad of {self.total:,} so far"
-                    )
+                    more, so_far = self._list(entry), f"{self.count:,} bad of {self.total:,} so far"
+                    self._say(f"skipped `{entry['name']}`: {entry['reason']}. {so_far}{more}")
             if self.count > self.allowed:
                 raise self._too_many()
+
+    def _list(self, entry: dict[str, Any]) -> str:
+        """Add it to the file; what to say of it where that cannot be: it is no reason to end a run."""
+        if self.path is None:
+            return ""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            return f"; `{self.path}` cannot be written: {(error.strerror or 'unknown reason').lower()}"
+        return ""
 
     def _too_many(self) -> SslpreError:
         share = self.count / max(self.total, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sslpre.errors import SslpreError, printable
+from sslpre.errors import SslpreError, disk_code, printable
 from sslpre.objective import Picture
 from sslpre.synced import sync_folder, write_synced
 
@@ -167,4 +167,5 @@ def write(sheet: Image.Image, out: Path) -> None:
         sync_folder(out.parent)
     except OSError as error:
         hint = "name an OUT.png in a folder that you can write to, with enough space"
-        raise SslpreError(f"cannot write `{out}`: {(error.strerror or 'unknown reason').lower()}", hint, 3) from error
+        why = (error.strerror or "unknown reason").lower()
+        raise SslpreError(f"cannot write `{out}`: {why}", hint, disk_code(error)) from error

@@ -5,8 +5,10 @@ A checkpoint is a folder `step-<n>` of `model.safetensors`, `optim.safetensors`,
 so that a kill at any moment leaves either the whole of it or nothing.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import uuid
@@ -24,6 +26,7 @@ from sslpre.synced import sync_folder, write_synced
 
 FORMAT = 1
 KEPT = 2
+ROOM = 1.2  # of a checkpoint's size that must be free
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
@@ -45,7 +48,8 @@ class Checkpoint:
 def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write `folder/step-<state["step"]>` and drop all but the newest complete ones.
 
-    Raises SslpreError (exit 10) if a tensor is not finite: nothing non-finite is ever written.
+    Raises SslpreError (exit 10) if a tensor is not finite: nothing non-finite is ever written; OSError where the disk
+    does not take it, and then nothing has changed.
     """
     refuse_nonfinite(model, "weights", state["step"])
     refuse_nonfinite(optim, "optimiser state", state["step"])
@@ -62,6 +66,7 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
         manifest = {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
         }
+        refuse_full(folder, sum(map(len, contents.values())))
         for name, data in contents.items():
             write_synced(temporary / name, data)
         write_synced(temporary / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
@@ -75,6 +80,12 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
         raise
     prune(folder)
     return final
+
+
+def refuse_full(folder: Path, size: int) -> None:
+    """Raises OSError where there is hardly room for `size` bytes: what else the disk is for needs the rest."""
+    if shutil.disk_usage(folder).free < ROOM * size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def pack(tensors: dict[str, Tensor]) -> bytes:

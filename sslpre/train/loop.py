@@ -19,6 +19,7 @@ from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
 from sslpre.train import checkpoint, distributed, finite, metrics, optim
+from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
 from sslpre.train.step import half, reseed, take_step
@@ -57,11 +58,11 @@ def train(run: Run) -> dict[str, float]:
     Raises Interrupted after a signal to any process, with the state saved; SslpreError as `take_step`, and exit 20 with
     too many bad images. Of several processes each calls it, and the first one writes.
     """
-    meter, saved_at = Meter(), time.monotonic()
+    meter, saved_at, disk = Meter(), time.monotonic(), Disk(run.folder)
     an_epoch, minutes = run.stream.steps_per_epoch, run.recipe.train.checkpoint_minutes
     # the first process looks for all: a later one might already see what it has written
     if run.step == 0 and not distributed.from_first(lambda: bool(checkpoint.complete(run.folder / "checkpoints"))):
-        save(run, meter)
+        save(run, meter, disk, patient=False)
     with (
         metrics.metrics_from(run.folder / "metrics.jsonl", run.step) as log,
         Display(run.steps, run.step) as display,
@@ -77,8 +78,8 @@ def train(run: Run) -> dict[str, float]:
             take_step(run, pixels, epoch)
             meter.add(len(pixels.index) * ranks.world(), run.stream.waited)
             display.step(run.step)
-            late = time.monotonic() - saved_at > 60 * minutes
-            wishes = [metrics.due(run, meter), run.step % an_epoch == 0 or late, stop(), run.stream.bad.pending]
+            late = run.step % an_epoch == 0 or time.monotonic() - saved_at > 60 * minutes
+            wishes = [metrics.due(run, meter), disk.due() if disk.failures else late, stop(), run.stream.bad.pending]
             log_now, save_now, stop_now, bad = map(bool, distributed.summed([float(bool(wish)) for wish in wishes]))
             if bad:
                 tell_bad(run)
@@ -87,10 +88,11 @@ def train(run: Run) -> dict[str, float]:
             if log_now:
                 metrics.write_metrics(run, log, display, meter, epoch)
             if save_now or stop_now:
-                save(run, meter)
+                save(run, meter, disk, patient=not stop_now)
                 saved_at = time.monotonic()
             if stop_now and run.step < run.steps:
                 raise Interrupted(max(distributed.collected([stop()])))
+        see_it_saved(run, meter, disk, stop)
     return meter.total()
 
 
@@ -137,8 +139,18 @@ def tell_bad(run: Run) -> None:
     run.stream.bad.settle(distributed.collected(run.stream.bad.pending))
 
 
-def save(run: Run, meter: Meter) -> None:
-    distributed.from_first(lambda: write(run, meter))
+def save(run: Run, meter: Meter, disk: Disk, patient: bool) -> None:
+    """A checkpoint. Where the disk fails, a warning if there is reason to be `patient`, else SslpreError (exit 13)."""
+    disk.write(lambda: write(run, meter), f"step {run.step} of `{run.folder}`", patient)
+
+
+def see_it_saved(run: Run, meter: Meter, disk: Disk, stop: Callable[[], int]) -> None:
+    """After the last step there is nothing to do but to wait for a disk that fails."""
+    while disk.failures:
+        time.sleep(0.2)
+        asked, due = distributed.summed([float(stop() > 0), float(disk.due())])
+        if asked or due:
+            save(run, meter, disk, patient=not asked)
 
 
 def write(run: Run, meter: Meter) -> None:

@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sslpre.train import distributed
-from sslpre.train.progress import Display, Meter
+from sslpre.train.disk import reason
+from sslpre.train.progress import Display, Meter, say
 from sslpre.train.runs import write_text
 
 if TYPE_CHECKING:
@@ -23,11 +24,30 @@ if TYPE_CHECKING:
 LOG_STEPS, LOG_SECONDS = 20, 10.0  # whichever comes first
 
 
+class Log:
+    """The file, line by line. What a failing disk does not take is kept, and written when it does: no line is lost."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  # for as long as the run trains
+        self.rest, self.told = b"", False
+
+    def write(self, figures: dict[str, Any]) -> None:
+        self.rest += json.dumps(figures, allow_nan=False).encode() + b"\n"
+        try:
+            while self.rest:
+                self.rest = self.rest[self.file.write(self.rest) :]
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                say(f"warning: `{self.file.name!s}` cannot be written: {reason(error)}; lines are kept until it can")
+            self.told = True
+
+
 def due(run: Run, meter: Meter) -> bool:
     return run.step % LOG_STEPS == 0 or run.step == run.steps or time.monotonic() - meter.since > LOG_SECONDS
 
 
-def write_metrics(run: Run, log: TextIO, display: Display, meter: Meter, epoch: int) -> None:
+def write_metrics(run: Run, log: Log, display: Display, meter: Meter, epoch: int) -> None:
     """Mean of each term since the last line, over all processes: the only time the sums are read from the device."""
     names = list(run.sums)
     means = distributed.mean(torch.stack([run.sums[name] for name in names]) / run.summed).tolist()
@@ -36,31 +56,30 @@ def write_metrics(run: Run, log: TextIO, display: Display, meter: Meter, epoch: 
     run.summed = 0
     figures["lr"] = next(iter(run.optimisers.values())).param_groups[0]["lr"]
     figures |= {key: round(number, 4) for key, number in meter.lap().items()}
-    log.write(json.dumps(figures, allow_nan=False) + "\n")
-    log.flush()
+    log.write(figures)
     shown = (
         figures if "loss" in figures else figures | {"loss": next(v for k, v in figures.items() if k.endswith("loss"))}
     )
     display.update(run.step, shown)
 
 
-def write_notes(run: Run, log: TextIO, epoch: int) -> None:
+def write_notes(run: Run, log: Log, epoch: int) -> None:
     """What the method tells of its new epoch. As of the epoch's first step: a run that goes on writes it once."""
     notes = run.objective.notes()
     if notes:
-        log.write(json.dumps({"step": run.step + 1, "epoch": epoch, **notes}, allow_nan=False) + "\n")
-        log.flush()
+        log.write({"step": run.step + 1, "epoch": epoch, **notes})
 
 
 @contextlib.contextmanager
-def metrics_from(path: Path, step: int) -> Iterator[TextIO]:
+def metrics_from(path: Path, step: int) -> Iterator[Log]:
     """`metrics.jsonl`, cut back to what the checkpoint of `step` had seen, open for appending by the first process."""
     if not distributed.first():
         path = Path(os.devnull)
     else:
         cut_back(path, step)
-    with open(path, "a", encoding="utf-8") as stream:
-        yield stream
+    log = Log(path)
+    with log.file:
+        yield log
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -23,7 +23,7 @@ from sslpre.data.store import KINDS
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, device, distributed, loop, memory, optim, plan, step
+from sslpre.train import checkpoint, device, disk, distributed, loop, memory, optim, plan, step
 from sslpre.train.announce import announce
 from sslpre.train.build import build, keep, load_data
 from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
@@ -304,7 +304,9 @@ def write_encoder(run: loop.Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if network.ordinary:
         facts = facts_of(run.recipe, network, run.step, run.facts["data"]) | starts.recorded(run.folder)
-        export.write_folder(network, facts, folder)
+        if why := disk.attempted(lambda: export.write_folder(network, facts, folder)):
+            hint = f"the run itself is saved; make room, then: sslpre pretrain --resume {shlex.quote(str(run.folder))}"
+            raise SslpreError(f"the finished encoder could not be saved: {why}", hint, disk.CODE)
     else:
         say(f"hint: no `{folder}`: a network of `{network.colour}` is none that timm opens; `sslpre probe` judges it")
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sslpre.errors import SslpreError
+from sslpre.errors import SslpreError, disk_code
 
 ROOT = Path("runs")
 
@@ -61,7 +61,9 @@ def new_run(recipe_name: str, out: Path | None) -> tuple[Path, list[Path]]:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise SslpreError(f"cannot make a run in `{place}`: {error.strerror}", "name a writable --out", 3) from error
+        raise SslpreError(
+            f"cannot make a run in `{place}`: {error.strerror}", "name a writable --out", disk_code(error)
+        ) from error
 
 
 def discard(folder: Path, made: list[Path]) -> None:

@@ -23,6 +23,7 @@ COARSEST = 10 / 96  # section 4: as few as 100 pixels in all
 FEWEST = 3  # pixels in a row at least: patches of a few pixels would otherwise become one colour
 RUNGS = 96  # sides that a patch can be reduced to
 NOISE = 1 / 100  # section 3.1: of the remaining channel's standard deviation
+GREY_LEVEL = 1 / 255  # a patch with less contrast than this is flat: what differs in it is rounding
 
 
 class RelativeLocation(Objective):
@@ -32,6 +33,7 @@ class RelativeLocation(Objective):
     """
 
     mean: Tensor
+    std: Tensor
     coarsened: Tensor
 
     def __init__(
@@ -56,6 +58,7 @@ class RelativeLocation(Objective):
         )
         self.pairs, self.colour, self.pixelated = pairs, colour, pixelated
         self.register_buffer("mean", setup.mean.view(3, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", setup.std.view(3, 1, 1).clone(), persistent=False)
         self.register_buffer("coarsened", coarsening(geometry(setup.views[0])[0]), persistent=False)
 
     @classmethod
@@ -82,7 +85,15 @@ class RelativeLocation(Objective):
         return drawn[:, : self.pairs].sort(dim=1).values
 
     def patches(self, batch: Batch) -> Tensor:
-        """[B, 1 + pairs, 3, tile, tile]: central patch and neighbours as the encoder gets them, without their means."""
+        """[B, 1 + pairs, 3, tile, tile]: central patch and neighbours as the encoder gets them, all of one contrast:
+        what its first layer sees of a patch has mean 0 in each channel and mean square 1."""
+        x = self.guarded(batch)
+        # as in the authors' code, last of all: how much contrast there is, is alike in neighbours
+        contrast = x.square().mean((2, 3, 4), keepdim=True).sqrt().clamp(min=GREY_LEVEL)
+        return x / contrast * self.std + self.mean  # the encoder takes these off
+
+    def guarded(self, batch: Batch) -> Tensor:
+        """The patches without their means, and without what the guards against shortcuts take from them."""
         top, left = corners(batch, self.neighbours(batch))
         x = patches.cut(batch.views[0], top, left, geometry(batch.views[0].shape[-1])[0]).to(self.mean.dtype)
         # as in the authors' code before the colours: what is made coarser later would have less noise
@@ -92,7 +103,7 @@ class RelativeLocation(Objective):
             x = dropped(x, patches.whole(batch.uniform("channel", x.shape[1]), 3), self.noise(x, batch))
         elif self.colour == "projection":
             x = projected(x)
-        return x + self.mean  # the encoder takes it off
+        return x
 
     def noise(self, x: Tensor, batch: Batch) -> Tensor:
         return batch.normal("noise", x.shape[1], 2, *x.shape[3:]).to(x.dtype)

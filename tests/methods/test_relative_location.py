@@ -25,7 +25,7 @@ MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
 
 
 class Seeing(nn.Module):
-    """An encoder that keeps what it was shown, less the mean that an encoder takes off."""
+    """An encoder that keeps what it was shown, standardised as an encoder does."""
 
     dim = 12
 
@@ -34,7 +34,7 @@ class Seeing(nn.Module):
         self.size = size
 
     def forward(self, x):
-        self.saw = x - MEAN.view(1, 3, 1, 1).to(x.dtype)
+        self.saw = (x - MEAN.view(1, 3, 1, 1).to(x.dtype)) / STD.view(1, 3, 1, 1).to(x.dtype)
         return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
@@ -53,9 +53,14 @@ def photos(count=4, side=32):
 
 
 def saw(method, x):
-    """What the encoder gets of a batch: [B, patches, 3, s, s], each channel less the mean that it takes off."""
+    """What the first layer sees of a batch: [B, patches, 3, s, s]."""
     method.loss(batch_of(x))
     return method.encoder.saw.unflatten(0, (len(x), -1))
+
+
+def guarded(method, x):
+    """The same before all patches get the same contrast."""
+    return method.guarded(batch_of(x))
 
 
 def dense(layer, x):
@@ -155,17 +160,32 @@ def test_each_name_is_where_it_says():
             assert told == f"{vertical} {horizontal}".strip()
 
 
+@pytest.mark.parametrize("colour", ["none", "projection", "dropping"])
+def test_patches_have_one_contrast(colour):
+    """Strong and weak ones alike; in what is flat there is nothing to enlarge."""
+    x = photos(6) * torch.tensor([1, 0.5, 0.2, 0.1, 1e-5, 0]).view(-1, 1, 1, 1) + 0.2
+    contrast = saw(relative(colour=colour, pixelated=0.0), x).square().mean((2, 3, 4)).sqrt()
+    assert (contrast[:4] - 1).abs().max() < 1e-9
+    assert contrast[4].max() < 0.01 and contrast[5].max() < 1e-9
+
+
+def test_contrast_is_all_that_the_last_step_changes():
+    method, x = relative(), photos()
+    before, after = guarded(method, x).flatten(2), saw(method, x).flatten(2)
+    assert torch.nn.functional.cosine_similarity(before, after, dim=2).min() > 1 - 1e-9
+
+
 def test_patches_lose_their_mean():
     x = photos(6) * 0.2 + torch.rand(6, 3, 1, 1, dtype=torch.float64)
     for colour in ("none", "projection", "dropping"):
-        seen = saw(relative(colour=colour), x)
+        seen = guarded(relative(colour=colour), x)
         means = seen.mean((3, 4)).abs()
         assert means.max() < (1e-2 if colour == "dropping" else 1e-6), colour  # noise has a mean of its own
 
 
 def test_dropping_leaves_one_channel_and_a_hundredth_of_noise():
     x = photos(200, 66)
-    seen, plain = saw(relative(66, pixelated=0.0), x), saw(relative(66, pixelated=0.0, colour="none"), x)
+    seen, plain = guarded(relative(66, pixelated=0.0), x), guarded(relative(66, pixelated=0.0, colour="none"), x)
     same = (seen - plain).abs().amax((3, 4)) < 1e-12
     assert (same.sum(2) == 1).all(), "just one channel as it was"
     spread = seen.std((3, 4), correction=0)
@@ -199,10 +219,10 @@ def test_dropping_against_a_loop(seed):
 
 def test_projection_takes_the_axis_from_green_to_magenta_out():
     """B = I − aᵀa/(aaᵀ): nothing is left along a, what is across it stays, and twice is once."""
-    seen = saw(relative(colour="projection"), photos(3))
+    seen = guarded(relative(colour="projection"), photos(3))
     a = torch.tensor([-1.0, 2.0, -1.0], dtype=torch.float64)
     assert torch.einsum("c,bnchw->bnhw", a, seen).abs().max() < 1e-6
-    plain = saw(relative(colour="none"), photos(1))
+    plain = guarded(relative(colour="none"), photos(1))
     across = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)  # grey stays grey
     assert torch.allclose(torch.einsum("c,bnchw->bnhw", across, projected(plain) - plain), torch.zeros(()).double())
     assert torch.allclose(projected(projected(plain)), projected(plain))
@@ -215,7 +235,7 @@ def test_projection_takes_the_axis_from_green_to_magenta_out():
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.33, 0.30, 0.36), (1.0, 0.99, 1)])
 def test_some_patches_are_pixelated(share, low, high):
     x = photos(250, 66)
-    plain, seen = (saw(relative(66, colour="none", pixelated=p), x) for p in (0.0, share))
+    plain, seen = (guarded(relative(66, colour="none", pixelated=p), x) for p in (0.0, share))
     changed = (seen - plain).abs().amax((2, 3, 4)) > 1e-3
     assert low <= changed.double().mean() <= high
     if 0 < share < 1:
@@ -258,7 +278,7 @@ def test_no_patch_becomes_one_colour(side):
 def test_patches_of_four_pixels_are_not_made_coarser():
     x = photos(3, 20)
     assert geometry(20)[0] == 4
-    assert torch.equal(*(saw(relative(20, colour="none", pixelated=p), x) for p in (0.0, 1.0)))
+    assert torch.equal(*(guarded(relative(20, colour="none", pixelated=p), x) for p in (0.0, 1.0)))
 
 
 def test_the_network_is_built_for_patches():
@@ -266,9 +286,9 @@ def test_the_network_is_built_for_patches():
     assert relative(patch=16).encoder.size == RelativeLocation.sees(32, 16) == 32
     assert relative(398, patch=16).encoder.size == RelativeLocation.sees(398, 16) == 96
     assert relative(tile=12).encoder.size == RelativeLocation.sees(32, tile=12, pairs=8) == 12
-    seen = saw(relative(tile=12, colour="none"), photos())
+    seen = guarded(relative(tile=12, colour="none"), photos())
     assert seen.shape == (4, 9, 3, 12, 12) and seen.mean((3, 4)).abs().max() < 1e-6
-    assert saw(relative(pairs=2), photos()).shape == (4, 3, 3, 18, 18), "no patch is encoded that no pair asks for"
+    assert guarded(relative(pairs=2), photos()).shape == (4, 3, 3, 18, 18), "no patch is encoded that no pair asks for"
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,16 @@ def test_what_a_run_keeps_of_its_images_is_shown_for_them_and_found_anew_for_oth
     assert begun.run.objective.bright.max() < 1, "before its first step a run has not looked"
 
 
+def test_images_that_are_not_the_runs_are_clustered_even_in_an_epoch_that_would_not(photos, tmp_path):
+    few = {"name": "deepcluster", "clusters": 4, "reassign": 50}
+    words = options("deepcluster", photos / "amber", method=few)
+    (tmp_path / "work").mkdir()
+    keep(of_recipe(tmp_path / "work", words, CPU).run, tmp_path / "run", 4)
+    objective = of_run(tmp_path / "work", tmp_path / "run", photos, CPU).run.objective
+    unasked = torch.arange(48) % 4
+    assert len(objective.assignments) == 48 and not torch.equal(objective.assignments, unasked)
+
+
 def test_bad_images_are_named_and_left_out(run_cli, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "some")
     (tmp_path / "some" / "amber" / "00.jpg").write_bytes(b"no image")

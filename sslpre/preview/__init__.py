@@ -102,7 +102,7 @@ def of_run(folder: Path, trained: Path, images: Path | None, where: torch.device
     put(run.objective, saved.model, anew)
     about = [images_of(found) + ("" if own else ", not those of the run"), network_of(run)]
     if anew:
-        look(run, taken // an_epoch)
+        look(run, 0)  # a look that begins everything: a later epoch may rest on what an earlier one found
         about += looked_at(run, found)
     steps = recipe.train.epochs * an_epoch
     weights = f"weights: step {taken:,} of {steps:,}"

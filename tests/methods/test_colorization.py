@@ -87,6 +87,24 @@ def test_knowing_nothing_is_the_chance_value(prior):
     assert method.chance == pytest.approx(math.log(313))
 
 
+def test_the_best_answer_to_all_pixels_loses_what_is_told_of_it():
+    """On the very pixels that the prior was counted of, found by gradient: no answer that sees nothing costs less."""
+    x = images(9)[..., 2::4, 2::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    method = started(colorization(), x)
+    nn.init.zeros_(method.head[-1].weight)
+    optimiser = torch.optim.LBFGS([method.head[-1].bias], lr=1, max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = method.loss(batch_of(x)).value
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    told = method.notes()["loss_of_a_constant"]
+    assert method.loss(batch_of(x)).value.item() == pytest.approx(told, abs=1e-3) and told < method.chance - 0.5
+
+
 def test_it_learns_what_no_constant_answer_can():
     """Where lightness tells the colour: dark images are red and light ones blue."""
     red, blue = (torch.tensor(colour).view(1, 3, 1, 1) for colour in ((0.4, 0.1, 0.1), (0.7, 0.8, 1.0)))

@@ -274,10 +274,12 @@ def test_softmax_is_fp32_under_autocast():
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("reassign", [1, 2])
 @pytest.mark.parametrize("stops", [[4], [1, 4, 6, 9]], ids=["once", "four times"])
-def test_resume_is_exact_where_each_epoch_clusters(stops, tmp_path, monkeypatch):
-    """The recipe would cluster so few images only once."""
-    monkeypatch.setattr(single, "recipe_of", partial(single.recipe_of, method={"reassign": 1}))
+def test_resume_is_exact_where_clusters_are_made_again(stops, reassign, tmp_path, monkeypatch):
+    """At each epoch, and at every second, whose clusters the epoch after it goes on with. The recipe would cluster so
+    few images only once."""
+    monkeypatch.setattr(single, "recipe_of", partial(single.recipe_of, method={"reassign": reassign}))
     single.test_resume_mid_epoch_is_exact("deepcluster", stops, tmp_path, monkeypatch)
 
 

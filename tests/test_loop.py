@@ -25,7 +25,7 @@ from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Epoch, Loss, Objective, Setup
 from sslpre.ops import ranks
 from sslpre.recipe import OptimTable
-from sslpre.train import checkpoint, finite, loop, optim
+from sslpre.train import checkpoint, loop, optim
 from sslpre.train import run as runs
 from sslpre.train.build import build
 from sslpre.train.step import micro_batches
@@ -109,25 +109,20 @@ class Cluster(Objective):
 
 
 class Average(Objective):
-    """An average kept by rule. From halfway on, `breaks` makes the loss, its gradient or a logged term not finite."""
+    """An average kept by rule."""
 
-    def __init__(self, setup: Setup, breaks: str = ""):
+    def __init__(self, setup: Setup):
         super().__init__()
         self.encoder = setup.encoder()
         self.register_buffer("average", torch.zeros(self.encoder.dim))
-        self.breaks, self.progress, self.calls = breaks, [], []
+        self.progress, self.calls = [], []
 
     def loss(self, batch: Batch) -> Loss:
         self.before = {name: p.detach().clone() for name, p in self.encoder.named_parameters()}
         self.progress.append(batch.progress)
         z = self.encoder(batch.views[0])
         self.last = z.detach().mean(0)
-        value, term = (z - self.average - 1).square().mean(), z.detach().mean()
-        if self.breaks and batch.progress >= 0.5:
-            root_of_0 = (z * 0).square().sum().sqrt()  # without a finite gradient
-            value = {"loss": value * math.inf, "gradient": value + root_of_0, "term": value}[self.breaks]
-            term = term * math.nan if self.breaks == "term" else term
-        return Loss(value, {"mean": term})
+        return Loss((z - self.average - 1).square().mean(), {"mean": z.detach().mean()})
 
     def after_step(self, progress: float) -> None:
         assert not torch.is_grad_enabled()
@@ -321,49 +316,6 @@ def test_after_step_is_called_once_a_step_with_the_new_progress(tmp_path):
     run = train("average", tmp_path)
     assert run.objective.progress == [i / 8 for i in range(8)] and run.objective.average.abs().sum() > 0
     assert run.objective.calls == [((i + 1) / 8, True) for i in range(8)]
-
-
-@pytest.mark.parametrize("breaks", ["loss", "gradient", "term"])
-def test_a_step_that_is_not_finite_is_not_taken(breaks, tmp_path):
-    run = start("average", tmp_path, method={"breaks": breaks})
-    with pytest.raises(SslpreError, match=r"not finite.* step 5") as refused:
-        loop.train(run)
-    assert refused.value.code == 10 and run.step == 4 == metrics(run)[-1]["step"]
-    assert run.objective.calls == [((i + 1) / 8, True) for i in range(4)]
-    assert_close(run.objective.before, dict(run.objective.encoder.named_parameters()))
-    assert torch.equal(checkpoint.newest(run.folder).model["average"], run.objective.average)
-
-
-@pytest.mark.parametrize(("every", "ends"), [(1, 5), (1000, 6)])
-def test_a_device_that_is_not_waited_for_still_stops_the_run_before_it_writes(every, ends, tmp_path, monkeypatch):
-    """As on a GPU: step 5 is taken, and its answer read when step 6 is under way, or when anything is to be written."""
-    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", every)
-    monkeypatch.setattr(finite, "BEHIND", {"cpu": 1})
-    asked = []
-    monkeypatch.setattr(finite, "ask", lambda run, *rest, ask=finite.ask: asked.append(run.step + 1) or ask(run, *rest))
-    run = start("average", tmp_path, method={"breaks": "loss"})
-    with pytest.raises(SslpreError, match="loss not finite at step 5") as refused:
-        loop.train(run)
-    assert refused.value.code == 10 and asked == [*range(1, ends + 1)]
-    assert checkpoint.newest(run.folder).state["step"] == 4
-    assert [line["step"] for line in metrics(run)] == ([1, 2, 3, 4] if every == 1 else [])
-
-
-def test_what_a_step_that_was_not_finite_breaks_later_is_not_taken_for_the_cause(tmp_path, monkeypatch):
-    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", 1000)
-    monkeypatch.setattr(finite, "BEHIND", {"cpu": 1})
-    run = start("average", tmp_path, method={"breaks": "loss"})
-    loss = run.objective.loss
-
-    def draws(batch):
-        if len(run.objective.calls) == 5:  # as torch.multinomial does with weights that are NaN
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return loss(batch)
-
-    monkeypatch.setattr(run.objective, "loss", draws)
-    with pytest.raises(SslpreError, match="loss not finite at step 5") as refused:
-        loop.train(run)
-    assert isinstance(refused.value.__cause__, RuntimeError) and run.step == 4
 
 
 @pytest.mark.parametrize("name", ["rotation", "game"])

@@ -207,8 +207,8 @@ def test_resume_on_changed_images_is_refused(pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_is_not_taken_and_nothing_of_it_is_written(pictures, tmp_path, monkeypatch, where):
-    """NaN at step 8: exit 10, the weights on disk are those of the last checkpoint, all finite."""
+def test_steps_that_are_not_finite_are_not_taken_and_nothing_of_them_is_written(pictures, tmp_path, monkeypatch, where):
+    """NaN from step 7 on: at the sixth exit 10, the weights on disk are those of the last checkpoint, all finite."""
     from sslpre.methods.simclr import SimCLR
     from sslpre.objective import Loss
 
@@ -229,14 +229,14 @@ def test_a_non_finite_step_is_not_taken_and_nothing_of_it_is_written(pictures, t
         return Loss(value * float("nan") if where == "loss" else Poison.apply(value))
 
     def step(run, pixels, epoch):
-        if run.step == 7:
+        if run.step == 6:
             monkeypatch.setattr(SimCLR, "loss", bad)
             seen["before"] = [p.clone() for p in run.objective.parameters()]
             seen["run"] = run
         take(run, pixels, epoch)
 
     monkeypatch.setattr(loop, "take_step", step)
-    with pytest.raises(SslpreError, match=f"{where} not finite at step 8") as caught:
+    with pytest.raises(SslpreError, match=f"{where} not finite at step 12, after 5 steps") as caught:
         runs.pretrain(options(pictures))
     assert caught.value.code == 10
     assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["run"].objective.parameters(), strict=True))

@@ -10,6 +10,7 @@ import torch
 
 from sslpre.bench.table import Timing, Whole, spread, timing
 from sslpre.data.stream import Pixels, Stream
+from sslpre.errors import SslpreError
 from sslpre.train import finite, loop, step
 
 COMPUTING = ("views", "forward", "backward", "optimiser")
@@ -111,7 +112,10 @@ def rounds(run: loop.Run, pixels: Pixels) -> dict[str, float]:
         own = [p for group in optimiser.param_groups for p in group["params"]]
         with clock("optimiser"):
             finite.ask(run, {"loss": loss.value.detach()}, own)
-            finite.refuse(run)
+            try:
+                finite.answers(run)
+            except finite.NotFinite as found:
+                raise SslpreError(str(found), finite.HINT, finite.CODE) from found
             optimiser.step()
     with clock("optimiser"), torch.no_grad():
         run.objective.after_step(0.0)

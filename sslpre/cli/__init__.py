@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sslpre import __version__, signals
-from sslpre.cli import bench, export, hearers, import_, pack, pretrain, preview, probe, processes, recipes
+from sslpre.cli import bench, export, hearers, import_, pack, pretrain, preview, probe, processes, recipes, replay
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError, printable
@@ -31,6 +31,7 @@ verbs = (
     import_.import_,
     pack.pack,
     preview.preview,
+    replay.replay,
     bench.bench,
     recipes.recipes,
 )

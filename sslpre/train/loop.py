@@ -18,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, distributed, finite, metrics, optim
+from sslpre.train import checkpoint, distributed, finite, memory, metrics, optim
 from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
@@ -44,7 +44,11 @@ class Run:
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
     summed: int = 0
-    asked: deque[tuple[int, Callable[[], Tensor]]] = field(default_factory=deque)  # steps that may not be finite
+    asked: deque[finite.Asked] = field(default_factory=deque)  # whether steps were finite
+    unsettled: deque[tuple[int, dict[str, Tensor]]] = field(default_factory=deque)  # terms of those that may not be
+    undo: memory.Undo | None = None  # what was before the last step, where its answer is late
+    passed_over: int = 0  # steps that were not finite
+    told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
 
     @property
     def steps(self) -> int:
@@ -84,8 +88,9 @@ def train(run: Run) -> dict[str, float]:
             if bad:
                 tell_bad(run)
             if log_now or save_now or stop_now:
-                finite.refuse(run, written=True)
-            if log_now:
+                finite.settle(run)
+                metrics.write_told(run, log)
+            if log_now and run.summed:
                 metrics.write_metrics(run, log, display, meter, epoch)
             if save_now or stop_now:
                 save(run, meter, disk, patient=not stop_now)
@@ -159,6 +164,7 @@ def write(run: Run, meter: Meter) -> None:
         "seconds": run.seconds + meter.total()["seconds"],
         "part": run.part,
         "processes": ranks.world(),
+        "passed_over": run.passed_over,
         **run.facts,
         "views": run.views.made,
     }

@@ -7,10 +7,12 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
@@ -123,6 +125,30 @@ class Before:
         for name, value in self.plain.items():
             setattr(self.objective, name, value)
         self.objective.zero_grad(set_to_none=True)
+
+
+class Undo:
+    """All that a step changes, as a copy: for a device that says only when the step is taken that it was not finite."""
+
+    def __init__(self, before: Before, optimisers: Iterable[Optimizer]):
+        """before: of the same step, whose forward pass has changed batch statistics and attributes already."""
+        self.before = before
+        self.states = {optimiser: {p: dict(own) for p, own in optimiser.state.items()} for optimiser in optimisers}
+        own = [t for state in self.states.values() for some in state.values() for t in some.values()]
+        self.tensors = [*before.objective.state_dict().values(), *(t for t in own if isinstance(t, Tensor))]
+        # few launches, however many there are
+        floats = [t for t in self.tensors if t.is_floating_point()]
+        copies = iter(torch._foreach_mul(floats, 1) if floats else ())
+        self.copies = [next(copies) if t.is_floating_point() else t.clone() for t in self.tensors]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensor, kept in zip(self.tensors, self.copies, strict=True):
+            tensor.copy_(kept)
+        self.before.put_back()
+        for optimiser, state in self.states.items():
+            optimiser.state.clear()
+            optimiser.state.update({p: dict(own) for p, own in state.items()})
 
 
 def attributes(objective: Objective) -> dict[str, Any]:

@@ -63,6 +63,13 @@ def write_metrics(run: Run, log: Log, display: Display, meter: Meter, epoch: int
     display.update(run.step, shown)
 
 
+def write_told(run: Run, log: Log) -> None:
+    """What happened between two lines: steps that were passed over."""
+    for line in run.told:
+        log.write(line)
+    run.told.clear()
+
+
 def write_notes(run: Run, log: Log, epoch: int) -> None:
     """What the method tells of its new epoch. As of the epoch's first step: a run that goes on writes it once."""
     notes = run.objective.notes()

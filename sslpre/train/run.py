@@ -285,6 +285,7 @@ def go_on(run: loop.Run, parts_anew: bool = False) -> None:
     if processes != ranks.world():
         say(f"resume     {processes} processes so far, {ranks.world()} from now on: the run goes on, not bit for bit")
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
+    run.passed_over = saved.state.get("passed_over", 0)
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
 
 
@@ -331,10 +332,13 @@ def finish(run: loop.Run) -> Finished:
         f"done       {run.folder}: {run.step} steps in {duration(spent)}, {figures['images_per_s']:,.0f} images/s, "
         f"{figures['waiting']:.0%} of the time waiting for data"
     )
+    if run.passed_over:
+        say(f"hint: {run.passed_over} steps were not finite and passed over; a lower --lr may do better")
     summary = {
         "run": str(run.folder),
         "step": run.step,
         "finished": True,
+        "passed_over": run.passed_over,
         **figures,
         "seconds": spent,
         "bad_images": run.stream.bad.count,

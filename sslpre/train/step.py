@@ -28,19 +28,28 @@ def reseed(seed: int, name: str, number: int = 0) -> None:
 
 
 def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
-    """One step of training. Where memory runs out, the same step again, in parts half as large.
+    """One step of training. One that is not finite is passed over. Where memory runs out, the same step again, in parts
+    half as large.
 
-    Raises SslpreError: exit 10 on a non-finite loss, before the step; 12 where not even one image fits, or where memory
-    ran out too late to take the step again.
+    Raises SslpreError: exit 10 where one step too many was not finite; 12 where not even one image fits, or where
+    memory ran out too late to take the step again.
     """
     before = memory.Before(run.objective)
     moved: list[str] = []  # players whose weights may have changed
     while True:
         try:
-            sums = attempt(run, pixels, epoch, moved)
+            terms, undo = attempt(run, pixels, epoch, before, moved)
             break
         except Exception as error:
-            finite.explain(run, error)
+            found = finite.cause(run, error)
+            if found is not None:
+                late = found.step <= run.step
+                finite.pass_over(run, found, None if late else before, together=error is found)
+                if not late:
+                    run.step += 1
+                    return
+                before = memory.Before(run.objective)  # and the step under way once more, with the weights put back
+                continue
             if not memory.ran_out(error):
                 raise
             if moved or ranks.world() > 1:  # others wait for this process, or a step cannot be taken back
@@ -48,10 +57,9 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
         before.put_back()
         memory.release()
         fewer(run, memory.half(run.part or len(pixels.index), max(run.views.sides)))
-    for name, term in sums.items():
-        run.sums[name] = run.sums[name] + term if name in run.sums else term
-    run.step += 1
-    run.summed += 1
+    run.step, run.undo = run.step + 1, undo
+    run.unsettled.append((run.step, terms))
+    finite.count(run)
     with torch.no_grad():
         run.objective.after_step(run.step / run.steps)
 
@@ -67,8 +75,11 @@ def too_late(run: Run, batch: int) -> SslpreError:
     return SslpreError(f"out of memory in step `{run.step + 1}`", hint, memory.CODE)
 
 
-def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str, Tensor]:
-    """The step itself; the sums of its terms. `moved` tells whose weights have changed, should it fail."""
+def attempt(
+    run: Run, pixels: Pixels, epoch: int, before: memory.Before, moved: list[str]
+) -> tuple[dict[str, Tensor], memory.Undo | None]:
+    """The step itself; the sums of its terms, and what was before it where its answer comes late. `moved` tells whose
+    weights have changed, should it fail. Raises NotFinite, of this step or, where answers are late, of the last."""
     seed = run.recipe.train.seed
     reseed(seed, "step" if not ranks.rank() else f"step in process {ranks.rank()}", run.step)
     share = optim.rate(run.step, run.steps, run.recipe.optim)
@@ -76,6 +87,7 @@ def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str,
     batches = list(micro_batches(run, pixels, epoch, run.step / run.steps))
     games = [run.objective.rounds(batch) for batch in batches]
     sums: dict[str, Tensor] = {}
+    undo: memory.Undo | None = None
     for player, optimiser in run.optimisers.items():
         for group in optimiser.param_groups:
             group["lr"] = share * run.recipe.optim.lr * run.objective.rates.get(player, 1.0)
@@ -91,13 +103,15 @@ def attempt(run: Run, pixels: Pixels, epoch: int, moved: list[str]) -> dict[str,
         own = [p for group in optimiser.param_groups for p in group["params"]]
         distributed.average_gradients(own)
         finite.ask(run, sums, own)
-        finite.refuse(run)
+        finite.answers(run)
+        if finite.behind(run) and not moved:
+            undo = memory.Undo(before, run.optimisers.values())
         moved.append(player)
         optimiser.step()
     for game in games:
         if next(game, None) is not None:
             raise TypeError(f"rounds() gave more losses than there are players ({len(run.optimisers)})")
-    return sums
+    return sums, undo
 
 
 def half(run: Run) -> torch.autocast:

@@ -405,3 +405,61 @@ def test_a_compiled_run_saves_plain_names_and_resumes(pictures, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-00000012")
     shutil.rmtree(run / "encoder")
     assert runs.pretrain(runs.Options(resume=str(run), device="cpu")).summary["step"] == 12
+
+
+def cut(run, photos, count):
+    """A run of 2 epochs on `photos`, stopped after 1 as if it had been killed then."""
+    done = runs.pretrain(options(photos, out=run)).run
+    shutil.rmtree(done / "encoder")
+    for path in checkpoint.complete(done / "checkpoints"):
+        if int(path.name[5:]) > count:
+            shutil.rmtree(path)
+    return done
+
+
+def test_images_that_came_and_went_are_counted_and_can_be_accepted(pictures, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(pictures, own)
+    run = cut(tmp_path / "x", own, 6)
+    for i in range(8):
+        shutil.copy(own / "00.jpg", own / f"new{i}.jpg")
+    (own / "03.jpg").unlink()
+    (own / "04.jpg").write_bytes((own / "04.jpg").read_bytes() + b"\0")
+    resume = runs.Options(resume=str(run), device="cpu", workers=1)
+    with pytest.raises(SslpreError, match=r"have changed since its checkpoint: 9 came \(.*, …\), 2 went") as caught:
+        runs.pretrain(resume)
+    assert caught.value.code == 6 and "--data-changed accept" in caught.value.hint
+    done = runs.pretrain(dataclasses.replace(resume, data_changed=True))
+    images = len(list(own.glob("*.jpg")))
+    assert "with other images, from the beginning of epoch 2" in capsys.readouterr().err
+    assert done.summary["finished"] and done.summary["step"] == 2 * (images // 8)
+    assert runs.pretrain(resume).summary["finished"], "they are the run's images now"
+
+
+def test_a_method_that_keeps_something_of_each_image_takes_no_others(pictures, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(pictures, own)
+    wanted = options(own, out=tmp_path / "x")
+    done = runs.pretrain(dataclasses.replace(wanted, recipe="deepcluster", settings=("method.clusters=4",))).run
+    shutil.copy(own / "00.jpg", own / "new.jpg")
+    with pytest.raises(SslpreError, match="deepcluster keeps something of each image") as caught:
+        runs.pretrain(runs.Options(resume=str(done), device="cpu", workers=1, data_changed=True))
+    assert caught.value.code == 6 and "--init" in caught.value.hint
+
+
+def test_what_has_changed_in_a_recipe_is_told(pictures, tmp_path):
+    run = cut(tmp_path / "x", pictures, 6)
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("seed = 0", "seed = 1").replace("flip = 0.5", "flip = 0.25"))
+    with pytest.raises(SslpreError, match=r"checkpoint: train\.seed was 0, is 1; views\.0\.flip was 0\.5, is 0\.25"):
+        runs.pretrain(runs.Options(resume=str(run), device="cpu", workers=1))
+
+
+def test_digests_follow_from_name_and_size_alone(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "a")
+    one, two = find(pictures).train, find(tmp_path / "a").train
+    assert (one.digests() == two.digests()).all() and len(set(one.digests().tolist())) == len(one)
+    (tmp_path / "a" / "00.jpg").rename(tmp_path / "a" / "0a.jpg")
+    (tmp_path / "a" / "01.jpg").write_bytes(b"other")
+    other = find(tmp_path / "a").train
+    assert len(set(other.digests().tolist()) & set(one.digests().tolist())) == len(one) - 2

@@ -22,7 +22,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain help: half the start-up time, one screen, nothing to switch off for NO_COLOR
     pretty_exceptions_enable=False,
-    epilog="Try it: sslpre pretrain simclr",
 )
 verbs = (
     pretrain.pretrain,

@@ -41,6 +41,7 @@ def pretrain(
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
     out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
     resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
+    data_changed: Annotated[str | None, flag("--data-changed", "accept", "Go on although images have changed.")] = None,
     store: Annotated[str | None, flag("--store", "WHERE", STORES)] = None,
     device: Annotated[str, flag("--device", "|".join(DEVICES), "Where to run.  [auto]")] = "auto",
     workers: Annotated[str | None, flag("--workers", "N", "Decoding threads.  [one per core]")] = None,
@@ -52,11 +53,14 @@ def pretrain(
     RECIPE is a name from `sslpre recipes` or a .toml file. The rest is chosen.
 
     \b
-      sslpre pretrain simclr
       sslpre pretrain simclr ./images --epochs 20 --set method.temperature=0.2
       sslpre pretrain --resume last
     """
     one_of("--device", device, DEVICES)
+    if data_changed is not None:
+        one_of("--data-changed", data_changed, ("accept",))
+        if resume is None:
+            raise SslpreError("`--data-changed` is for a run that goes on", "add --resume last")
     threads = whole("--workers", workers, 4, least=0)
     keys: dict[str, Any] = {
         "encoder.backbone": backbone,
@@ -72,6 +76,7 @@ def pretrain(
     }
     words = {"RECIPE": recipe, "IMAGES": images, "--set": settings, "--out": out}
     machine: dict[str, Any] = {"device": device, "workers": threads, "store": store}
+    machine["data_changed"] = data_changed is not None
     start(words, {key: v for key, v in keys.items() if v is not None}, resume, machine, as_json)
 
 

@@ -77,6 +77,7 @@ def build(
         "images": len(found.train),
         "classes": len(found.train.classes),
         "recipe": digest(recipe),
+        "recipe_toml": recipes.write(recipe),
         "sslpre": sslpre.__version__,
         "torch": torch.__version__,
         "decoder": decoder(),

@@ -14,7 +14,7 @@ from sslpre import recipe as recipes
 from sslpre.data.find import Found
 from sslpre.encoder import Encoder
 from sslpre.recipe import Recipe
-from sslpre.train import device, loop
+from sslpre.train import changes, device, loop
 from sslpre.train.runs import write_text
 
 HEADER = f"""Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:
@@ -86,5 +86,6 @@ def write_facts(run: loop.Run, found: Found, where: torch.device) -> None:
         "processes": run.stream.world,
         **{name: version(name) for name in packages},
     }
+    changes.write(run.folder, found.train)
     write_text(run.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
     write_text(run.folder / "recipe.toml", recipes.write(run.recipe, HEADER))  # last: it makes the directory a run

@@ -49,6 +49,7 @@ class Run:
     undo: memory.Undo | None = None  # what was before the last step, where its answer is late
     passed_over: int = 0  # steps that were not finite
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
+    guard: Callable[[], None] = lambda: None  # raises where another run has taken the directory over
 
     @property
     def steps(self) -> int:
@@ -159,6 +160,7 @@ def see_it_saved(run: Run, meter: Meter, disk: Disk, stop: Callable[[], int]) ->
 
 
 def write(run: Run, meter: Meter) -> None:
+    run.guard()
     state = {
         "step": run.step,
         "seconds": run.seconds + meter.total()["seconds"],

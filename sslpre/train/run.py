@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shlex
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,12 @@ from sslpre.data.store import KINDS
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, device, disk, distributed, loop, memory, optim, plan, step
+from sslpre.train import changes, checkpoint, device, disk, distributed, lock, loop, memory, optim, plan, step
 from sslpre.train.announce import announce
 from sslpre.train.build import build, keep, load_data
 from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
 from sslpre.train.progress import duration, say
-from sslpre.train.runs import ROOT, discard, find_run, is_run, new_run, write_text
+from sslpre.train.runs import LOCK, ROOT, clear, discard, find_run, is_run, new_run, write_text
 from sslpre.train.step import fewer
 
 
@@ -45,6 +47,7 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     store: str | None = None
+    data_changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,29 @@ def pretrain(options: Options) -> Finished:
             recipe=" ".join(map(str, (options.recipe, *options.settings, options.overrides))),
         )
         resumed = distributed.from_first(lambda: to_resume(options))
-        return start(options, where) if resumed is None else go_on_with(resumed, options, where)
+        with contextlib.ExitStack() as hold:
+            return start(options, where, hold) if resumed is None else go_on_with(resumed, options, where, hold)
     except RuntimeError as error:
         if distributed.is_lost(error):
             raise distributed.lost(error) from error
         raise
 
 
-def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
+def owned(folder: Path, hold: contextlib.ExitStack) -> Callable[[], None]:
+    """Let this run alone have the directory until `hold` ends; gives what raises where another has taken it over."""
+    mine: list[lock.Lock] = []
+    distributed.from_first(lambda: mine.append(hold.enter_context(lock.held(folder))))
+
+    def check() -> None:
+        for one in mine:  # the first process has it
+            one.check()
+
+    return check
+
+
+def go_on_with(folder: Path, options: Options, where: torch.device, hold: contextlib.ExitStack) -> Finished:
     """An old run as it was begun; only the keys of `FREE` may be said anew."""
+    guard = owned(folder, hold)
     recipe = distributed.alike(lambda: as_it_was(folder, options))
     begun: starts.Start | None = None
     fresh = distributed.from_first(lambda: not checkpoint.complete(folder / "checkpoints"))
@@ -85,9 +102,11 @@ def go_on_with(folder: Path, options: Options, where: torch.device) -> Finished:
         source = str(folder / "start") if (folder / "start").is_dir() else recipe.encoder.init
         begun = distributed.alike(lambda: starts.read(source, recipe.encoder.backbone))
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
+    run.guard = guard
     distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
     distributed.from_first(lambda: tidy(run))
-    distributed.alike(lambda: go_on(run, said(options).get("train", {}).get("micro_batch") is not None))
+    parts_anew = said(options).get("train", {}).get("micro_batch") is not None
+    distributed.alike(lambda: go_on(run, parts_anew, options.data_changed))
     distributed.agree(step=run.step)
     if distributed.from_first(lambda: run.step == run.steps and (run.folder / "encoder").is_dir()):
         distributed.leave()
@@ -177,7 +196,7 @@ def refuse_other(recipe: Recipe, wanted: Recipe, folder: Path) -> None:
             raise SslpreError(f"`{folder}` was begun with another `{differ[0]}`", hint, 6)
 
 
-def start(options: Options, where: torch.device) -> Finished:
+def start(options: Options, where: torch.device, hold: contextlib.ExitStack) -> Finished:
     """A new run in a directory of its own, which is removed again if not even one step is taken."""
     if options.recipe is None:
         raise SslpreError("no recipe named", "sslpre pretrain simclr ./images")
@@ -186,9 +205,12 @@ def start(options: Options, where: torch.device) -> Finished:
     name = str(recipe.method["name"]) if stem == "recipe" else stem
     distributed.agree(images=found.train.fingerprint, **keys_of(recipe))
     folder, made = distributed.from_first(lambda: new_run(name, options.out))
+    guard = owned(folder, hold)
     run: loop.Run | None = None
     try:
+        distributed.from_first(lambda: clear(folder, LOCK))  # what one left that was killed before its first step
         run = distributed.alike(lambda: build(folder, recipe, found, where, options.workers, begun))
+        run.guard = guard
         tried = step.fit(run)
         run.facts["views"] = run.views.made
         kept = keep(run, wanted_store(options) or "auto", memory.spare(where))
@@ -248,32 +270,22 @@ def to_resume(options: Options) -> Path | None:
     return find_run("last")
 
 
-def go_on(run: loop.Run, parts_anew: bool = False) -> None:
+def go_on(run: loop.Run, parts_anew: bool = False, accept: bool = False) -> None:
     """Load the newest complete checkpoint into the run, or leave it at step 0 where there is none.
 
-    parts_anew: the run's own size of parts is to be used from now on, not the checkpoint's.
+    parts_anew: the run's own size of parts is to be used from now on, not the checkpoint's. accept: images that have
+    changed are taken as they are, and the epoch under way is begun again.
     """
     saved = checkpoint.newest(run.folder)
     if saved is None:
         say(f"resume     {run.folder}: no complete checkpoint, starting at step 0")
         return
-    if saved.state["data"] != run.facts["data"]:
-        raise SslpreError(
-            f"the images of `{run.folder}` have changed since its checkpoint",
-            "restore them, or start a new run: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
-            6,
-        )
-    if saved.state["recipe"] != run.facts["recipe"]:
-        raise SslpreError(
-            f"`{run.folder / 'recipe.toml'}` has changed since the checkpoint",
-            "put it back, or start a new run with it: sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml")),
-            6,
-        )
+    refuse_changes(run, saved, accept)
     for key in ("sslpre", "torch", "decoder", "views"):
         was = saved.state.get(key, "not recorded")  # the last two are newer than some checkpoints
         if was != run.facts[key]:
             say(f"resume     {key} was {was}, is {run.facts[key]}: the run goes on, not bit for bit")
-    checkpoint.load_model(run.objective, saved.model)
+    load_model(run, saved)
     optim.load_state(run.objective, run.optimisers, saved.optim)
     part, processes = saved.state.get("part", 0), saved.state.get("processes", 1)
     if parts_anew and run.part != part:
@@ -285,8 +297,40 @@ def go_on(run: loop.Run, parts_anew: bool = False) -> None:
     if processes != ranks.world():
         say(f"resume     {processes} processes so far, {ranks.world()} from now on: the run goes on, not bit for bit")
     run.step, run.seconds = saved.state["step"], saved.state["seconds"]
+    if saved.state["data"] != run.facts["data"]:
+        an_epoch = saved.state["images"] // run.stream.batch_size
+        run.step = run.step // an_epoch * run.stream.steps_per_epoch
+        if distributed.first():
+            changes.write(run.folder, run.stream.source)
+        say(f"resume     with other images, from the beginning of epoch {saved.state['step'] // an_epoch + 1}")
     run.passed_over = saved.state.get("passed_over", 0)
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")
+
+
+def refuse_changes(run: loop.Run, saved: checkpoint.Checkpoint, accept: bool) -> None:
+    """Raises SslpreError (exit 6) where images or recipe are not those of the checkpoint; `accept` takes the images."""
+    again = "sslpre pretrain " + shlex.quote(str(run.folder / "recipe.toml"))
+    if saved.state["data"] != run.facts["data"] and not accept:
+        how = changes.told(run.folder, run.stream.source)
+        message = f"the images of `{run.folder}` have changed since its checkpoint{how}"
+        raise SslpreError(message, f"restore them, add --data-changed accept, or start a new run: {again}", 6)
+    if saved.state["recipe"] != run.facts["recipe"]:
+        how = changes.of_recipes(saved.state.get("recipe_toml", ""), run.facts["recipe_toml"])
+        message = f"`{run.folder / 'recipe.toml'}` has changed since the checkpoint{how}"
+        raise SslpreError(message, f"put it back, or start a new run with it: {again}", 6)
+
+
+def load_model(run: loop.Run, saved: checkpoint.Checkpoint) -> None:
+    try:
+        checkpoint.load_model(run.objective, saved.model)
+    except SslpreError as error:
+        if saved.state["data"] == run.facts["data"] or saved.state["images"] == run.facts["images"]:
+            raise
+        message = (
+            f"{run.recipe.method['name']} keeps something of each image, and there are other images: {error.message}"
+        )
+        hint = f"start a new run from its weights: --init {shlex.quote(str(run.folder))}"
+        raise SslpreError(message, hint, 6) from error
 
 
 def tidy(run: loop.Run) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from sslpre.errors import SslpreError, disk_code
 
 ROOT = Path("runs")
+LOCK = ".lock"
+OWN = {LOCK, "checkpoints", "start", "data.json", "environment.json", "images.safetensors", "bad_images.jsonl"}
 
 
 def is_run(path: Path) -> bool:
@@ -43,7 +45,7 @@ def new_run(recipe_name: str, out: Path | None) -> tuple[Path, list[Path]]:
 
     An `out` that holds anything: SslpreError (exit 2); one that cannot be made: exit 3.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and out.exists() and not left_over(out) and (not out.is_dir() or any(out.iterdir())):
         again = f", or go on with it: sslpre pretrain --resume {shlex.quote(str(out))}" if is_run(out) else ""
         raise SslpreError(f"`{out}` exists", f"name another --out{again}")
     place = out if out is not None else ROOT
@@ -66,13 +68,28 @@ def new_run(recipe_name: str, out: Path | None) -> tuple[Path, list[Path]]:
         ) from error
 
 
-def discard(folder: Path, made: list[Path]) -> None:
-    """Take back a run's directory: what is in it, and the folders made for it that hold nothing else."""
+def left_over(out: Path) -> bool:
+    """Is it what a run left that was killed before its first checkpoint? It may be running yet."""
+    if not out.is_dir() or is_run(out) or not (out / LOCK).is_file():
+        return False
+    names = {path.name for path in out.iterdir()}
+    return names <= OWN and all(path.name.startswith(".tmp-") for path in out.glob("checkpoints/*"))
+
+
+def clear(folder: Path, keep: str = "") -> None:
+    """Remove what is in a run's directory, but for one file."""
     for path in list(folder.iterdir()):
+        if path.name == keep:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def discard(folder: Path, made: list[Path]) -> None:
+    """Take back a run's directory: what is in it, and the folders made for it that hold nothing else."""
+    clear(folder)
     for path in made:
         if any(path.iterdir()):
             return

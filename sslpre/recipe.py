@@ -102,7 +102,7 @@ class OptimTable(Table):
 
 
 class TrainTable(Table):
-    epochs: Positive | Auto = "auto"
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     batch_size: Positive | Auto = "auto"
     micro_batch: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -395,4 +395,7 @@ def recorded(folder: Path) -> dict[str, str]:
     path = folder / RECORD
     if not path.is_file():
         return {}
-    return {str(name): str(fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+    try:
+        return {str(name): str(fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SslpreError(f"`{path}` cannot be read: {error}", "copy the run anew", 5) from error

@@ -104,8 +104,7 @@ def start(
         return
     run = shlex.quote(str(finished.run))
     if finished.recipe.data.images:
-        labelled = json.loads((finished.run / "data.json").read_text(encoding="utf-8"))["classes"]
-        more = "" if labelled else " --data ./labelled"
+        more = "" if finished.classes else " --data ./labelled"
         print(f"next: sslpre probe {run} --linear{more}", file=sys.stderr)
     else:
         summary["probe"] = probe_sample(finished.run, machine["device"], machine["workers"], as_json)

@@ -71,7 +71,7 @@ def form_in(page: bytes) -> Form | None:
             return None
         key, form = told.pop("key"), Form(**told)
         return form if form.key == key else None
-    except (ValueError, TypeError, KeyError, AttributeError):  # whatever else a file may begin with
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # whatever else a file may begin with
         return None
 
 

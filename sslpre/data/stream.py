@@ -136,7 +136,7 @@ class BadList:
             try:
                 entry = json.loads(line)
                 self._known.add(entry["name"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 hint = "delete that line, or the file: bad images are found again"
                 raise SslpreError(f"line {number} of `{path}` is not a record of a bad image", hint, 5) from error
 

@@ -112,7 +112,7 @@ def complete(folder: Path) -> list[Path]:
         try:
             manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
             whole = all((path / name).stat().st_size == manifest[name]["bytes"] for name in FILES)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # not complete: the next older one is
         if whole:
             found.append(path)
@@ -168,7 +168,7 @@ def load(path: Path) -> Checkpoint:
                 5,
             )
         model, optim = (safetensors.torch.load(contents[name]) for name in FILES[:2])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise Damaged(f"checkpoint `{path}` is damaged: {error}") from error
     except OSError as error:
         hint = "check its permissions and the disk: nothing says that it is damaged"

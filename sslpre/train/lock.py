@@ -127,7 +127,7 @@ def told(fd: int) -> dict[str, Any] | None:
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
         return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -89,7 +90,15 @@ def metrics_from(path: Path, step: int) -> Iterator[Log]:
         yield log
 
 
+def step_of(line: str) -> float:
+    """The step of a line, beyond all steps where it is none of ours or cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+
+
 def cut_back(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = itertools.takewhile(lambda line: line.endswith("}") and json.loads(line)["step"] <= step, lines)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    kept = itertools.takewhile(lambda line: step_of(line) <= step, lines)
     write_text(path, "".join(f"{line}\n" for line in kept))

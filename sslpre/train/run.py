@@ -30,7 +30,7 @@ from sslpre.train.announce import announce
 from sslpre.train.build import build, keep, load_data
 from sslpre.train.facts import FREE, HEADER, facts_of, keys_of, write_facts
 from sslpre.train.progress import duration, say
-from sslpre.train.runs import LOCK, ROOT, clear, discard, find_run, is_run, new_run, write_text
+from sslpre.train.runs import LOCK, ROOT, clear, discard, find_run, inside, is_run, new_run, write_text
 from sslpre.train.step import fewer
 
 
@@ -52,11 +52,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Finished:
-    """`summary` is empty in all but the first of several processes."""
+    """`summary` is empty in all but the first of several processes; `classes`: how many the images have."""
 
     run: Path
     recipe: Recipe
     summary: dict[str, Any]
+    classes: int
 
 
 def pretrain(options: Options) -> Finished:
@@ -112,7 +113,7 @@ def go_on_with(folder: Path, options: Options, where: torch.device, hold: contex
         distributed.leave()
         say(f"done       {run.folder} was finished already")
         summary = {"run": str(run.folder), "step": run.step, "finished": True}
-        return Finished(run.folder, run.recipe, summary if distributed.first() else {})
+        return Finished(run.folder, run.recipe, summary if distributed.first() else {}, run.facts["classes"])
     say(f"resume     views {run.facts['views']}; store {keep_again(run, wanted_store(options))}")
     return finish(run)
 
@@ -262,7 +263,7 @@ def to_resume(options: Options) -> Path | None:
     if options.resume != "auto":
         return find_run(options.resume)
     if options.out is not None:
-        return options.out if is_run(options.out) else None
+        return inside(options.out) if is_run(options.out) else None
     if options.recipe is not None:
         raise SslpreError(
             "`--resume auto` needs to know which run", "add --out runs/NAME: it starts there, goes on there, or is done"
@@ -367,7 +368,7 @@ def finish(run: loop.Run) -> Finished:
         raise distributed.everywhere(SslpreError(message, hint, signals.code(signal.number))) from None
     distributed.leave()
     if not distributed.first():
-        return Finished(run.folder, run.recipe, {})
+        return Finished(run.folder, run.recipe, {}, run.facts["classes"])
     write_encoder(run)
     if run.views.recompiled:
         say(f"hint: views were compiled {run.views.recompiled} times too often; please report it with the recipe")
@@ -387,4 +388,4 @@ def finish(run: loop.Run) -> Finished:
         "seconds": spent,
         "bad_images": run.stream.bad.count,
     }
-    return Finished(run.folder, run.recipe, summary)
+    return Finished(run.folder, run.recipe, summary, run.facts["classes"])

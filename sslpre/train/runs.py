@@ -25,14 +25,25 @@ def find_run(name: str | None) -> Path:
     if name is not None and name != "last":
         for path in (Path(name), ROOT / name):
             if is_run(path):
-                return path
+                return inside(path)
         raise SslpreError(f"no run `{name}`", known_runs())
     runs = [path for path in ROOT.iterdir() if is_run(path)] if ROOT.is_dir() else []
     if not runs:
         raise SslpreError(f"no run in `{ROOT}/`", "sslpre pretrain simclr ./images")
     if name is None:
         runs = [path for path in runs if any(path.glob("checkpoints/step-*/MANIFEST.json"))] or runs
-    return max(runs, key=lambda path: ((path / "recipe.toml").stat().st_mtime_ns, path.name))
+    return inside(max(runs, key=lambda path: ((path / "recipe.toml").stat().st_mtime_ns, path.name)))
+
+
+def inside(run: Path) -> Path:
+    """The same run. Raises SslpreError (exit 6) where a link in it leads out of it: what a run writes and removes is
+    its own."""
+    home = run.resolve()
+    for path in (*run.iterdir(), *run.glob("checkpoints/*"), *run.glob("checkpoints/*/*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            hint = "make a link to the whole run instead, or put the files in place of the link"
+            raise SslpreError(f"`{path}` leads out of the run", hint, 6)
+    return run
 
 
 def known_runs() -> str:

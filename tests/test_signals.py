@@ -73,6 +73,8 @@ def test_a_signal_costs_one_step(name, code, sslpre, photos, undisturbed, tmp_pa
     said = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert error.startswith(f"error: {said}: `r` is saved at step ") and hint == "hint: sslpre pretrain --resume r"
     step = int(error.split("at step ")[1].split()[0])
+    if name not in ("SIGTERM", "SIGINT"):  # the others are saved by the same lines
+        return
     assert (tmp_path / f"r/checkpoints/step-{step:08d}/MANIFEST.json").exists() and 12 <= step < 72
     again = sslpre("pretrain", "--resume", "r", "--device", "cpu", "--workers", "1")
     _, err = again.communicate(timeout=120)

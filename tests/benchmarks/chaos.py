@@ -2,11 +2,11 @@
 
     python tests/benchmarks/chaos.py [--kills 6] [--pair-kills 2] [--only METHOD] [--json FILE]
 
-Every method, in one process and in two, is killed with SIGKILL again and again, half of the times as soon as a checkpoint
-is being written, and gone on with by the same command until it is done; its encoder is held against that of a run which
-nothing happened to. Then one run each is stopped by SIGTERM, has a full disk (where a file system can be mounted), gets
-broken images, and a learning rate that makes it not finite. All on images that are drawn here. Exit code 1 where anything
-differs.
+Every method, in one process and in two, is killed with SIGKILL again and again, half of the times as soon as a
+checkpoint is being written, and gone on with by the same command until it is done; its encoder is held against that of
+a run which nothing happened to. Then one run each is stopped by SIGTERM, has a full disk (where a file system can be
+mounted), gets broken images, and a learning rate that makes it not finite. All on images that are drawn here. Exit
+code 1 where anything differs.
 """
 
 from __future__ import annotations

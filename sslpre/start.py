@@ -386,16 +386,14 @@ def started(start: Start, image_size: int, mean: Colours, std: Colours) -> Encod
 
 
 def record(folder: Path, start: Start) -> None:
-    """Keep the start's facts in the run directory, for when it goes on or is exported."""
     write_text(folder / RECORD, json.dumps(start.facts(), indent=1) + "\n")
 
 
 def recorded(folder: Path) -> dict[str, str]:
     """The facts of the start of the run in `folder`; none where it began from random weights."""
-    path = folder / RECORD
-    if not path.is_file():
+    if not (path := folder / RECORD).is_file():
         return {}
     try:
-        return {str(name): str(fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {str(name): str(fact) for name, fact in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise SslpreError(f"`{path}` cannot be read: {error}", "copy the run anew", 5) from error
+        raise SslpreError(f"`{path}` cannot be read", "copy the run anew", 5) from error

@@ -152,6 +152,17 @@ def test_a_directory_that_may_no_more_be_written(tmp_path, monkeypatch):
     assert end.value.code == 13 and checkpoint.newest(run.folder).state["step"] == 5
 
 
+def test_a_directory_that_vanishes_from_the_command_line(run_cli, photos, tmp_path, monkeypatch):
+    """With the lock that a run holds: gone for a while, and the run is saved when it is back."""
+    words = "--backbone test_resnet --image-size 32 --batch-size 8 --precision fp32 --device cpu --workers 1".split()
+    monkeypatch.setattr(loop, "take_step", slow(0.03))
+    away = at_step(8, lambda: (tmp_path / "r").rename(tmp_path / "away"))
+    with away, at_step(15, lambda: (tmp_path / "away").rename(tmp_path / "r")):
+        done = run_cli("pretrain", "rotation", photos, *words, "--epochs", "4", "--out", "r")
+    assert done.code == 0 and "could not be saved: no such file or directory" in done.err, done.err
+    assert (tmp_path / "r/encoder/model.safetensors").exists() and not (tmp_path / "r/.lock").exists()
+
+
 def test_the_last_step_waits_for_room(small_disk, monkeypatch, capfd):
     """Its result is only in memory, and nothing else is left to do."""
     run = start("rotation", small_disk / "run", train={"epochs": 2})

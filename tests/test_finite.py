@@ -2,8 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from sslpre import recipe as recipes
 from sslpre.contract.single import few
 from sslpre.errors import SslpreError
 from sslpre.objective import Batch, Loss, Objective, Setup
+from sslpre.ops import ranks
 from sslpre.train import bundle, checkpoint, finite, loop, optim
 from sslpre.train import run as runs
 from sslpre.train.build import build
@@ -227,6 +230,22 @@ def test_what_a_step_that_was_not_finite_breaks_later_is_not_taken_for_the_cause
     loop.train(run)
     assert len(raised) == 1 and run.passed_over == 1
     same(run, without(tmp_path / "twin", [7]))
+
+
+def lame(folder):
+    """On two processes, of which the second has a step that is not finite."""
+    room.table = room.table | {"fragile": Fragile}
+    room.methods.cache_clear()
+    run = start(Path(folder), "loss", [3] if ranks.rank() else [])
+    loop.train(run)
+    return run.passed_over, {name: tensor.numpy().copy() for name, tensor in run.objective.state_dict().items()}
+
+
+def test_a_step_happens_in_all_processes_or_in_none(tmp_path, pair):
+    (first, one), (second, two) = pair.run(lame, str(tmp_path))
+    assert first == second == 1 and checkpoint.newest(tmp_path).state["passed_over"] == 1
+    del one["average"]  # this toy keeps it of its own images
+    assert all(np.array_equal(one[name], two[name]) and np.isfinite(one[name]).all() for name in one)
 
 
 def test_what_was_passed_over_is_remembered(tmp_path):

@@ -165,6 +165,23 @@ def test_weights_that_are_not_finite(here, run_cli, photos):
     calm(run_cli("probe", "n.safetensors", "--data", photos, "--knn", "--device", "cpu"), codes=(10,))
 
 
+def test_a_checkpoint_of_nan_with_a_manifest_that_agrees(here, run_cli):
+    import hashlib
+
+    for folder in (here / "r/checkpoints").glob("step-*"):
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        next(t for t in tensors.values() if t.ndim == 4).view(-1)[0] = float("nan")
+        data = safetensors.torch.save(tensors)
+        (folder / "model.safetensors").write_bytes(data)
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        manifest["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    for words in COMMANDS:
+        done = run_cli(*words)
+        calm(done, codes=(5,))
+        assert "is not finite" in done.err
+
+
 @pytest.mark.parametrize("what", ["checkpoints", "encoder", "metrics.jsonl", "bad_images.jsonl", "checkpoints/step-9"])
 def test_a_run_directory_with_links_out_of_it(what, here, run_cli):
     outside = here / "outside"

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def test_two_that_begin_at_once_in_one_directory(child, photos, tmp_path):
 
 def test_what_was_killed_before_its_first_checkpoint_is_begun_again(run_cli, photos, tmp_path):
     (tmp_path / "r/checkpoints/.tmp-1").mkdir(parents=True)
+    (tmp_path / "r/.recipe.toml-ab12").write_text("half of i")
     (tmp_path / "r/.lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "here", "boot": lock.boot()}))
     (tmp_path / "r/data.json").write_text("{")
     words = ["rotation", photos, *SMALL, "1", "--out", "r", "--resume", "auto"]
@@ -119,6 +121,52 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 4e9)
     with pytest.raises(SslpreError, match="in use by process 1"):
         lock.take(tmp_path)
+
+
+def test_a_take_over_is_noticed_and_ends_nothing_of_the_other(tmp_path, monkeypatch):
+    """The first one gives no sign, the second takes the directory; the first may write no more, the second goes on."""
+    monkeypatch.setattr(lock, "locked", lambda fd: False)  # a file system without locks
+    monkeypatch.setattr(lock, "alive", lambda pid: False)
+    first = lock.take(tmp_path)
+    second = lock.take(tmp_path)
+    with pytest.raises(SslpreError, match="taken over") as end:
+        first.check()
+    assert end.value.code == 6
+    second.check()
+    first.release()
+    second.check()
+    assert (tmp_path / ".lock").exists()
+    second.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_somebody_deletes_is_made_again_and_a_directory_that_is_gone_is_the_disks_fault(tmp_path):
+    (tmp_path / "r").mkdir()
+    mine = lock.take(tmp_path / "r")
+    (tmp_path / "r/.lock").unlink()
+    mine.check()
+    with pytest.raises(SslpreError, match="in use by process"):
+        lock.take(tmp_path / "r")
+    (tmp_path / "r").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        mine.check()
+    (tmp_path / "away").rename(tmp_path / "r")
+    mine.check()
+    mine.release()
+
+
+def test_who_waits_gets_what_a_machine_left_that_went_away(tmp_path, monkeypatch):
+    """`--resume auto` on another machine, after the first one lost its power: no error, but a wait until it is sure."""
+    monkeypatch.setattr(lock, "SILENT", 0.6)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "gpu07", "boot": "another"}))
+    with pytest.raises(SslpreError, match="in use"), lock.held(tmp_path):
+        pass
+    begun = time.monotonic()
+    with lock.held(tmp_path, patient=True) as mine:
+        assert mine is not None and time.monotonic() - begun > 0.2
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": socket.gethostname(), "boot": "before"}))
+    lock.take(tmp_path).release()  # the same machine has started again: the system's lock says enough
 
 
 def test_it_beats_and_notices_when_it_is_taken_over(tmp_path, monkeypatch):

@@ -436,6 +436,33 @@ def test_images_that_came_and_went_are_counted_and_can_be_accepted(pictures, tmp
     assert runs.pretrain(resume).summary["finished"], "they are the run's images now"
 
 
+def test_fewer_images_count_their_steps_from_there(pictures, tmp_path):
+    """Checkpoints on more images have more steps, and must not pass for newer ones; what was stopped goes on."""
+    own = tmp_path / "own"
+    shutil.copytree(pictures, own)
+    run = cut(tmp_path / "x", own, 12)
+    for path in sorted(own.glob("*.jpg"))[:28]:
+        path.unlink()
+    resume = runs.Options(resume=str(run), device="cpu", workers=1)
+    take, stopped = loop.take_step, []
+
+    def stopping(run, pixels, epoch):
+        take(run, pixels, epoch)
+        stopped.append(run.step) or signal.raise_signal(signal.SIGTERM)
+
+    longer = dataclasses.replace(resume, data_changed=True)
+    state = checkpoint.newest(run).state
+    assert state["step"] == 12 and state["images"] == 48
+    shutil.rmtree(run / "checkpoints/step-00000012")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", stopping)
+        with pytest.raises(SslpreError, match="saved at step 3 of 4"):
+            runs.pretrain(longer)
+    assert checkpoint.newest(run).state["step"] == 3 and checkpoint.newest(run).state["images"] == 20
+    done = runs.pretrain(resume)
+    assert done.summary["step"] == 4 and checkpoint.newest(run).state["step"] == 4
+
+
 def test_a_method_that_keeps_something_of_each_image_takes_no_others(pictures, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(pictures, own)

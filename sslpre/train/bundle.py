@@ -77,7 +77,7 @@ def trace(run: Run, number: int) -> Trace:
     gradients: list[str] = []
     with watched(twin.objective, seen, gradients):
         try:
-            terms, _ = step.attempt(twin, pixels, epoch, memory.Before(twin.objective), [])
+            terms = step.attempt(twin, pixels, epoch, memory.Before(twin.objective), [])
             twin.step += 1
             finite.answers(twin, written=True)
             what = ""
@@ -151,7 +151,9 @@ def images(run: Run, number: int) -> list[dict[str, Any]]:
 
 def write(run: Run, found: finite.NotFinite, each: list[tuple[Trace, list[dict[str, Any]]]], folder: Path) -> None:
     """The folder, whole or not at all, but for a disk that fails (OSError)."""
-    first = next((traced for traced, _ in each if traced.first), each[0][0])
+    traces = [traced for traced, _ in each]
+    broken = [one for one in traces if any(not math.isfinite(term) for term in one.terms.values())]
+    first = next(iter([*broken, *(one for one in traces if one.first)]), traces[0])
     about = {
         "format": checkpoint.FORMAT,
         "sslpre": sslpre.__version__,

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sslpre.synced import sync_folder, write_synced
 FORMAT = 1
 KEPT = 2
 ROOM = 1.2  # of a checkpoint's size that must be free
+STATE: dict[str, Any] = {"step": int, "seconds": int | float, "data": str, "recipe": str, "images": int, "classes": int}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
@@ -45,8 +47,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write `folder/step-<state["step"]>` and drop all but the newest complete ones.
+def save(
+    folder: Path,
+    model: dict[str, Tensor],
+    optim: dict[str, Tensor],
+    state: dict[str, Any],
+    outdated: Sequence[Path] = (),
+) -> Path:
+    """Write `folder/step-<state["step"]>` and drop all but the newest complete ones, once it is there also `outdated`.
 
     Raises SslpreError (exit 10) if a tensor is not finite: nothing non-finite is ever written; OSError where the disk
     does not take it, and then nothing has changed.
@@ -55,6 +63,8 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
     refuse_nonfinite(optim, "optimiser state", state["step"])
     folder.mkdir(exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
+    if final in complete(folder) and not outdated:
+        return final
     temporary = folder / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
@@ -71,9 +81,12 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
             write_synced(temporary / name, data)
         write_synced(temporary / "MANIFEST.json", json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
-        if final.exists():  # an incomplete one of the same step: no complete one is written twice
+        if final.exists():  # an incomplete or outdated one of the same step: no other is written twice
             shutil.rmtree(final)
         temporary.rename(final)
+        for path in outdated:  # their steps are of another count, and must not pass for newer ones
+            if path != final and path.exists():
+                path.rename(path.with_name(f".outdated-{path.name}-{uuid.uuid4().hex[:8]}"))
         sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,7 +97,8 @@ def save(folder: Path, model: dict[str, Tensor], optim: dict[str, Tensor], state
 
 def refuse_full(folder: Path, size: int) -> None:
     """Raises OSError where there is hardly room for `size` bytes: what else the disk is for needs the rest."""
-    if shutil.disk_usage(folder).free < ROOM * size:
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < ROOM * size:  # some file systems do not say
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
@@ -93,13 +107,18 @@ def pack(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def refuse_nonfinite(tensors: dict[str, Tensor], what: str, step: int) -> None:
+def nonfinite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that is not finite."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not floats:
-        return
-    finite = torch.stack([t.isfinite().all().cpu() for t in floats.values()])
-    if not bool(finite.all()):
-        name = next(name for name, good in zip(floats, finite.tolist(), strict=True) if not good)
+        return None
+    finite = torch.stack([t.isfinite().all().cpu() for t in floats.values()]).tolist()
+    return next((name for name, good in zip(floats, finite, strict=True) if not good), None)
+
+
+def refuse_nonfinite(tensors: dict[str, Tensor], what: str, step: int) -> None:
+    name = nonfinite(tensors)
+    if name is not None:
         raise SslpreError(f"{what} `{name}` not finite at step {step}", "lower --lr, or use --precision fp32", 10)
 
 
@@ -121,7 +140,7 @@ def complete(folder: Path) -> list[Path]:
 
 def prune(folder: Path) -> None:
     for path in complete(folder)[KEPT:]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is tried again after the next one
 
 
 def sweep(folder: Path) -> None:
@@ -168,12 +187,23 @@ def load(path: Path) -> Checkpoint:
                 5,
             )
         model, optim = (safetensors.torch.load(contents[name]) for name in FILES[:2])
+        for tensors in (model, optim):
+            if (odd := nonfinite(tensors)) is not None:
+                raise Damaged(f"checkpoint `{path}` is damaged: `{odd}` is not finite")
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise Damaged(f"checkpoint `{path}` is damaged: {error}") from error
     except OSError as error:
         hint = "check its permissions and the disk: nothing says that it is damaged"
         raise SslpreError(f"checkpoint `{path}` cannot be read: {error.strerror}", hint, 5) from error
     return Checkpoint(path, model, optim, state)
+
+
+def refuse_incomplete(saved: Checkpoint) -> None:
+    """Raises SslpreError (exit 5) where its state, though unchanged, is none that a run can go on from."""
+    for key, kind in STATE.items():
+        if not isinstance(saved.state.get(key), kind):
+            hint = "use the sslpre that wrote it, or start again"
+            raise SslpreError(f"checkpoint `{saved.path}` has no `{key}` of a run", hint, 5)
 
 
 def model_state(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,47 +27,116 @@ BEAT = 10.0  # seconds between signs of life
 SILENT = 600.0  # seconds without one, after which a process on another machine counts as gone
 
 
+class InUse(SslpreError):
+    """sure: the system says that its process lives; else it may have gone without a sign."""
+
+    def __init__(self, folder: Path, owner: dict[str, Any], quiet: float, sure: bool):
+        who = f"process {owner['pid']} on {owner.get('host', '?')}" if "pid" in owner else "another process"
+        message = f"`{folder}` is in use by {who} (last sign of life {duration(quiet)} ago)"
+        super().__init__(message, "wait for it, or stop it; a run of its own needs another --out", 6)
+        self.sure = sure
+
+
 class Lock:
-    """A held lock. `check` raises SslpreError (exit 6) where another process has taken the directory over."""
+    """A held lock. What it wrote into the file tells it from any other that takes the directory over."""
 
     def __init__(self, path: Path, fd: int):
-        self.path, self.fd = path, fd
+        self.path, self.fd, self.token = path, fd, uuid.uuid4().hex
+        self.write()
         self._over = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="sslpre-lock", daemon=True)
         self._beats.start()
 
+    def write(self) -> None:
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, json.dumps(me() | {"token": self.token}).encode(), 0)
+
     def check(self) -> None:
-        if not same(self.fd, self.path):
+        """Raises SslpreError (exit 6) where another run has taken the directory over, OSError where it is not there.
+
+        A file that somebody has deleted is made again.
+        """
+        if not self.path.exists() and self.path.parent.is_dir():
+            fd = opened(self.path)
+            if locked(fd):
+                os.close(self.fd)
+                self.fd = fd
+                self.write()
+        if not self.mine():
             message = f"another run has taken over `{self.path.parent}`, for this one gave no sign of life"
             raise SslpreError(message, "two runs cannot share a directory; look which of them is to stay", 6)
+
+    def mine(self) -> bool:
+        """Is it this one's name that stands in the file? Raises OSError where it cannot be read."""
+        try:
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(owner, dict) and owner.get("token") == self.token
 
     def release(self) -> None:
         self._over.set()
         self._beats.join()
-        if same(self.fd, self.path):
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the directory is gone, or its disk fails
+            if self.mine():
+                self.path.unlink()
         os.close(self.fd)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
             with contextlib.suppress(OSError):  # a disk that fails is told of where something is to be written
-                os.utime(self.fd if os.utime in os.supports_fd else self.path)
+                if self.mine():
+                    os.utime(self.path)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[Lock]:
-    """The directory for this process alone. Raises SslpreError: exit 6 where another run has it."""
-    lock = take(folder)
+def held(folder: Path, patient: bool = False) -> Iterator[Lock | None]:
+    """The directory for this process alone; None where nothing can be written to it anyway.
+
+    patient: where a process on another machine has it that may have gone, wait until that is sure. Raises SslpreError:
+    exit 6 where another run has it.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            lock = take(folder)
+            break
+        except InUse as error:
+            late = time.monotonic() - begun > SILENT + BEAT
+            if error.sure or not patient or late or not may_have_gone(folder / NAME):
+                raise
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            yield None
+            return
     try:
         yield lock
     finally:
         lock.release()
 
 
+def may_have_gone(path: Path) -> bool:
+    """Does the file give no sign of life for three beats?"""
+    try:
+        before = path.stat().st_mtime_ns
+        for _ in range(3):
+            time.sleep(BEAT)
+            if path.stat().st_mtime_ns != before:
+                return False
+    except OSError:
+        return True
+    return True
+
+
+def opened(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
 def take(folder: Path) -> Lock:
     path = folder / NAME
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        fd = opened(path)
         try:
             locks = locked(fd)
             if not same(fd, path):  # the one that had it has just removed it
@@ -74,13 +145,11 @@ def take(folder: Path) -> Lock:
             owner = told(fd)
             if owner is not None:
                 refuse(folder, owner, silence(fd, folder), locks)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(me()).encode(), 0)
             return Lock(path, fd)
         except BlockingIOError:
             owner, quiet = told(fd) or {}, silence(fd, folder)
             os.close(fd)
-            raise in_use(folder, owner, quiet) from None
+            raise InUse(folder, owner, quiet, True) from None
         except BaseException:
             os.close(fd)
             raise
@@ -143,10 +212,11 @@ def silence(fd: int, folder: Path) -> float:
 
 def refuse(folder: Path, owner: dict[str, Any], quiet: float, locks: bool) -> None:
     """Raises SslpreError where the owner of a lock that could be taken lives all the same, else says it has gone."""
-    here = owner.get("boot") == boot()
-    gone = here and (locks or not alive(owner["pid"]))  # the system's lock goes with its process
+    # the system's lock goes with its process, and a machine's processes with the machine
+    gone = locks and owner.get("host") == socket.gethostname()
+    gone = gone or (owner.get("boot") == boot() and (locks or not alive(owner["pid"])))
     if not gone and quiet <= SILENT:
-        raise in_use(folder, owner, quiet)
+        raise InUse(folder, owner, quiet, False)
     say(f"resume     `{folder}` was left by process {owner['pid']} on {owner.get('host', '?')}, which has gone")
 
 
@@ -158,9 +228,3 @@ def alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def in_use(folder: Path, owner: dict[str, Any], quiet: float) -> SslpreError:
-    who = f"process {owner['pid']} on {owner.get('host', '?')}" if "pid" in owner else "another process"
-    message = f"`{folder}` is in use by {who} (last sign of life {duration(quiet)} ago)"
-    return SslpreError(message, "wait for it, or stop it; a run of its own needs another --out", 6)

@@ -18,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import checkpoint, distributed, finite, memory, metrics, optim
+from sslpre.train import changes, checkpoint, distributed, finite, memory, metrics, optim
 from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
@@ -49,6 +49,7 @@ class Run:
     undo: memory.Undo | None = None  # what was before the last step, where its answer is late
     passed_over: int = 0  # steps that were not finite
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
+    outdated: list[Path] = field(default_factory=list)  # checkpoints on other images, to go when there is a new one
     guard: Callable[[], None] = lambda: None  # raises where another run has taken the directory over
 
     @property
@@ -77,6 +78,7 @@ def train(run: Run) -> dict[str, float]:
         for pixels in batches:
             epoch, done = divmod(run.step, an_epoch)
             if done == 0:
+                finite.settle(run)
                 start_epoch(run, epoch)
                 metrics.write_notes(run, log, epoch)
             run.objective.train()
@@ -171,4 +173,8 @@ def write(run: Run, meter: Meter) -> None:
         "views": run.views.made,
     }
     optim_state = optim.state_by_name(run.objective, run.optimisers)
-    checkpoint.save(run.folder / "checkpoints", checkpoint.model_state(run.objective), optim_state, state)
+    model_state = checkpoint.model_state(run.objective)
+    checkpoint.save(run.folder / "checkpoints", model_state, optim_state, state, run.outdated)
+    if run.outdated:
+        changes.write(run.folder, run.stream.source)
+        run.outdated = []

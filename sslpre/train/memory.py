@@ -88,9 +88,11 @@ def half(part: int, side: int) -> int:
     return (part + 1) // 2
 
 
-def room(objective: Objective, optimiser: str) -> list[torch.Tensor]:
-    """As much memory as the optimiser's state and a message of gradients to other processes will take."""
-    times = (2 if optimiser == "adamw" else 1) + (ranks.world() > 1)
+def room(objective: Objective, optimiser: str, undone: bool = False) -> list[torch.Tensor]:
+    """As much memory as the optimiser's state and a message of gradients to other processes will take, and a copy of
+    weights and state where a step may have to be `undone`."""
+    state = 2 if optimiser == "adamw" else 1
+    times = state + (ranks.world() > 1) + (undone and 1 + state)
     return [torch.empty_like(p) for p in objective.parameters() if p.requires_grad for _ in range(times)]
 
 

@@ -138,8 +138,17 @@ def state_by_name(objective: Objective, optimisers: dict[str, Optimizer]) -> dic
 
 
 def load_state(objective: Objective, optimisers: dict[str, Optimizer], flat: dict[str, Tensor]) -> None:
-    """Put the state back, each tensor in its parameter's memory format. Names that fit nothing raise KeyError."""
+    """Put the state back, each tensor in its parameter's memory format. Names that fit nothing raise KeyError, and so
+    does a parameter that has not all of what others have."""
     left = dict(flat)
+    kinds: dict[str, dict[str, set[str]]] = {}
+    for one in flat:
+        player, name, key = one.split("/")
+        kinds.setdefault(player, {}).setdefault(name, set()).add(key)
+    for player, names in kinds.items():
+        for name, keys in names.items():
+            if keys != set().union(*names.values()):
+                raise KeyError(f"optimiser state of {player}/{name} is not all there")
     for player, parameters in by_player(objective).items():
         optimiser = optimisers[player]
         optimiser.state.clear()

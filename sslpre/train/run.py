@@ -80,21 +80,16 @@ def pretrain(options: Options) -> Finished:
         raise
 
 
-def owned(folder: Path, hold: contextlib.ExitStack) -> Callable[[], None]:
+def owned(folder: Path, hold: contextlib.ExitStack, patient: bool = False) -> Callable[[], None]:
     """Let this run alone have the directory until `hold` ends; gives what raises where another has taken it over."""
-    mine: list[lock.Lock] = []
-    distributed.from_first(lambda: mine.append(hold.enter_context(lock.held(folder))))
-
-    def check() -> None:
-        for one in mine:  # the first process has it
-            one.check()
-
-    return check
+    mine: list[lock.Lock | None] = []
+    distributed.from_first(lambda: mine.append(hold.enter_context(lock.held(folder, patient))))
+    return lambda: mine[0].check() if mine and mine[0] is not None else None  # the first process has it
 
 
 def go_on_with(folder: Path, options: Options, where: torch.device, hold: contextlib.ExitStack) -> Finished:
     """An old run as it was begun; only the keys of `FREE` may be said anew."""
-    guard = owned(folder, hold)
+    guard = owned(folder, hold, options.resume == "auto")
     recipe = distributed.alike(lambda: as_it_was(folder, options))
     begun: starts.Start | None = None
     fresh = distributed.from_first(lambda: not checkpoint.complete(folder / "checkpoints"))
@@ -207,6 +202,8 @@ def start(options: Options, where: torch.device, hold: contextlib.ExitStack) -> 
     distributed.agree(images=found.train.fingerprint, **keys_of(recipe))
     folder, made = distributed.from_first(lambda: new_run(name, options.out))
     guard = owned(folder, hold)
+    if is_run(folder):
+        raise SslpreError(f"`{folder}` exists: another run has begun in it", "name another --out")
     run: loop.Run | None = None
     try:
         distributed.from_first(lambda: clear(folder, LOCK))  # what one left that was killed before its first step
@@ -281,13 +278,17 @@ def go_on(run: loop.Run, parts_anew: bool = False, accept: bool = False) -> None
     if saved is None:
         say(f"resume     {run.folder}: no complete checkpoint, starting at step 0")
         return
+    checkpoint.refuse_incomplete(saved)
     refuse_changes(run, saved, accept)
     for key in ("sslpre", "torch", "decoder", "views"):
         was = saved.state.get(key, "not recorded")  # the last two are newer than some checkpoints
         if was != run.facts[key]:
             say(f"resume     {key} was {was}, is {run.facts[key]}: the run goes on, not bit for bit")
     load_model(run, saved)
-    optim.load_state(run.objective, run.optimisers, saved.optim)
+    try:
+        optim.load_state(run.objective, run.optimisers, saved.optim)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise SslpreError(f"checkpoint `{saved.path}`: {error}", "use the versions in environment.json", 5) from error
     part, processes = saved.state.get("part", 0), saved.state.get("processes", 1)
     if parts_anew and run.part != part:
         say(f"resume     {part or 'all'} images of a batch at a time so far, {run.part or 'all'} from now on")
@@ -301,8 +302,7 @@ def go_on(run: loop.Run, parts_anew: bool = False, accept: bool = False) -> None
     if saved.state["data"] != run.facts["data"]:
         an_epoch = saved.state["images"] // run.stream.batch_size
         run.step = run.step // an_epoch * run.stream.steps_per_epoch
-        if distributed.first():
-            changes.write(run.folder, run.stream.source)
+        run.outdated = list((run.folder / "checkpoints").glob("step-*"))
         say(f"resume     with other images, from the beginning of epoch {saved.state['step'] // an_epoch + 1}")
     run.passed_over = saved.state.get("passed_over", 0)
     say(f"resume     {run.folder} at step {run.step} of {run.steps}")

@@ -10,7 +10,7 @@ from sslpre.errors import SslpreError, disk_code
 
 ROOT = Path("runs")
 LOCK = ".lock"
-OWN = {LOCK, "checkpoints", "start", "data.json", "environment.json", "images.safetensors", "bad_images.jsonl"}
+OWN = {"checkpoints", "start.json", "start", "data.json", "environment.json", "images.safetensors", "bad_images.jsonl"}
 
 
 def is_run(path: Path) -> bool:
@@ -84,12 +84,13 @@ def left_over(out: Path) -> bool:
     if not out.is_dir() or is_run(out) or not (out / LOCK).is_file():
         return False
     names = {path.name for path in out.iterdir()}
-    return names <= OWN and all(path.name.startswith(".tmp-") for path in out.glob("checkpoints/*"))
+    ours = all(name in OWN or name.startswith(".") for name in names)  # hidden ones were to become such
+    return ours and all(path.name.startswith(".tmp-") for path in out.glob("checkpoints/*"))
 
 
 def clear(folder: Path, keep: str = "") -> None:
-    """Remove what is in a run's directory, but for one file."""
-    for path in list(folder.iterdir()):
+    """Remove what is in a run's directory, but for one file; its lock last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
         if path.name == keep:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -38,13 +38,13 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
     moved: list[str] = []  # players whose weights may have changed
     while True:
         try:
-            terms, undo = attempt(run, pixels, epoch, before, moved)
+            terms = attempt(run, pixels, epoch, before, moved)
             break
         except Exception as error:
             found = finite.cause(run, error)
             if found is not None:
                 late = found.step <= run.step
-                finite.pass_over(run, found, None if late else before, together=error is found)
+                finite.pass_over(run, found, None if late or moved else before, together=error is found)
                 if not late:
                     run.step += 1
                     return
@@ -57,7 +57,7 @@ def take_step(run: Run, pixels: Pixels, epoch: int) -> None:
         before.put_back()
         memory.release()
         fewer(run, memory.half(run.part or len(pixels.index), max(run.views.sides)))
-    run.step, run.undo = run.step + 1, undo
+    run.step += 1
     run.unsettled.append((run.step, terms))
     finite.count(run)
     with torch.no_grad():
@@ -75,11 +75,12 @@ def too_late(run: Run, batch: int) -> SslpreError:
     return SslpreError(f"out of memory in step `{run.step + 1}`", hint, memory.CODE)
 
 
-def attempt(
-    run: Run, pixels: Pixels, epoch: int, before: memory.Before, moved: list[str]
-) -> tuple[dict[str, Tensor], memory.Undo | None]:
-    """The step itself; the sums of its terms, and what was before it where its answer comes late. `moved` tells whose
-    weights have changed, should it fail. Raises NotFinite, of this step or, where answers are late, of the last."""
+def attempt(run: Run, pixels: Pixels, epoch: int, before: memory.Before, moved: list[str]) -> dict[str, Tensor]:
+    """The step itself; the sums of its terms. `moved` tells whose weights have changed, should it fail. `run.undo` gets
+    what was before it where that may be asked for: answers come late, or another player's.
+
+    Raises NotFinite, of this step or, where answers are late, of the last.
+    """
     seed = run.recipe.train.seed
     reseed(seed, "step" if not ranks.rank() else f"step in process {ranks.rank()}", run.step)
     share = optim.rate(run.step, run.steps, run.recipe.optim)
@@ -87,7 +88,6 @@ def attempt(
     batches = list(micro_batches(run, pixels, epoch, run.step / run.steps))
     games = [run.objective.rounds(batch) for batch in batches]
     sums: dict[str, Tensor] = {}
-    undo: memory.Undo | None = None
     for player, optimiser in run.optimisers.items():
         for group in optimiser.param_groups:
             group["lr"] = share * run.recipe.optim.lr * run.objective.rates.get(player, 1.0)
@@ -104,14 +104,16 @@ def attempt(
         distributed.average_gradients(own)
         finite.ask(run, sums, own)
         finite.answers(run)
-        if finite.behind(run) and not moved:
-            undo = memory.Undo(before, run.optimisers.values())
+        if not moved:
+            run.undo = None  # the last one's copy goes before there is another
+            if finite.behind(run) or len(run.optimisers) > 1:
+                run.undo = memory.Undo(before, run.optimisers.values())
         moved.append(player)
         optimiser.step()
     for game in games:
         if next(game, None) is not None:
             raise TypeError(f"rounds() gave more losses than there are players ({len(run.optimisers)})")
-    return sums, undo
+    return sums
 
 
 def half(run: Run) -> torch.autocast:
@@ -194,7 +196,7 @@ def rehearse(run: Run, pixels: Pixels, part: int) -> float:
     kept, run.part = (run.objective, run.part), part
     run.objective = copy.deepcopy(run.objective).train()
     try:
-        room = memory.room(run.objective, run.recipe.optim.name)
+        room = memory.room(run.objective, run.recipe.optim.name, bool(finite.behind(run)) or len(run.optimisers) > 1)
         memory.in_parts(run.objective, part if part < len(pixels.index) else 0, len(run.views.sides))
         reseed(run.recipe.train.seed, "rehearsal")
         begun = time.monotonic()

@@ -140,7 +140,12 @@ def test_a_take_over_is_noticed_and_ends_nothing_of_the_other(tmp_path, monkeypa
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_lock_that_somebody_deletes_is_made_again_and_a_directory_that_is_gone_is_the_disks_fault(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_lock_that_is_deleted_is_made_again_and_a_directory_that_is_gone_is_the_disks_fault(
+    locks, tmp_path, monkeypatch
+):
+    if not locks:
+        monkeypatch.setattr(lock, "locked", lambda fd: False)
     (tmp_path / "r").mkdir()
     mine = lock.take(tmp_path / "r")
     (tmp_path / "r/.lock").unlink()

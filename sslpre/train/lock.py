@@ -58,7 +58,11 @@ class Lock:
         """
         if not self.path.exists() and self.path.parent.is_dir():
             fd = opened(self.path)
-            if locked(fd):
+            try:
+                locked(fd)
+            except BlockingIOError:  # another one was faster
+                os.close(fd)
+            else:
                 os.close(self.fd)
                 self.fd = fd
                 self.write()

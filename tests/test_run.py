@@ -90,7 +90,8 @@ def test_what_a_run_leaves(pictures, tmp_path, monkeypatch, capsys):
     done = runs.pretrain(options(pictures))
     assert done.run.as_posix() == "runs/simclr-1"
     names = sorted(path.name for path in done.run.iterdir())
-    assert names == ["checkpoints", "data.json", "encoder", "environment.json", "metrics.jsonl", "recipe.toml"]
+    files = ["data.json", "encoder", "environment.json", "images.safetensors", "metrics.jsonl", "recipe.toml"]
+    assert names == ["checkpoints", *files]
     text = (done.run / "recipe.toml").read_text()
     assert '"auto"' not in text
     lines = [json.loads(line) for line in (done.run / "metrics.jsonl").read_text().splitlines()]

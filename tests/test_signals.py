@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ def sslpre(tmp_path, child):
     def start(*words, before=None, **streams):
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
         command = [*(before or []), sys.executable, "-m", "sslpre", *map(str, words)]
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=child, start_new_session=True, **streams))
+        heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
+        started.append(
+            subprocess.Popen(command, cwd=tmp_path, env=child, start_new_session=True, preexec_fn=heard, **streams)
+        )
         return started[-1]
 
     yield start

@@ -135,3 +135,39 @@ def recipes_known():
     from sslpre.shelf import names
 
     return names()
+
+
+def test_damaged_checkpoints_with_manifests_that_agree(fuzz, tmp_path, capfd):
+    """Each file of a checkpoint, 300 times each: read as it is, or refused as what it is; never anything else."""
+    import hashlib
+    import json
+
+    import torch
+
+    from sslpre.train import checkpoint
+
+    tensors = {"a": torch.randn(4, 5), "b": torch.arange(3), "c": torch.zeros(0)}
+    state = {"step": 3, "seconds": 1.0, "data": "x", "recipe": "y", "images": 4, "classes": 0}
+    folder, chance, outcomes = checkpoint.save(tmp_path, tensors, tensors, state), random.Random(0), set()
+    for name in (*checkpoint.FILES, "MANIFEST.json"):
+        whole, manifest = (folder / name).read_bytes(), (folder / "MANIFEST.json").read_bytes()
+        for _ in range(300):
+            data = fuzz.damaged({"it": whole}, chance)
+            (folder / name).write_bytes(data)
+            if name != "MANIFEST.json":
+                told = json.loads(manifest)
+                told[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                (folder / "MANIFEST.json").write_text(json.dumps(told))
+            try:
+                saved = checkpoint.load(folder)
+                assert isinstance(saved.state, dict)
+                checkpoint.complete(tmp_path)
+                checkpoint.refuse_incomplete(saved)
+                outcomes.add((name, "read"))
+            except SslpreError as error:
+                assert error.code == 5 and "\n" not in error.message
+                outcomes.add((name, "refused"))
+        (folder / name).write_bytes(whole)
+        (folder / "MANIFEST.json").write_bytes(manifest)
+    assert {(name, "refused") for name in (*checkpoint.FILES, "MANIFEST.json")} <= outcomes
+    assert ("model.safetensors", "read") in outcomes

@@ -9,12 +9,12 @@ class SslpreError(Exception):
     Exit codes: 2 usage or recipe · 3 environment · 4 no or unreadable data, no labels · 5 unreadable checkpoint ·
     6 resume refused · 10 non-finite loss · 12 out of memory · 13 disk · 15 another process failed ·
     20 too many bad images · 128 + n after signal n.
-    `everywhere`: every process of the run raises it, and the first one tells.
+    `everywhere`: every process of the run raises it, the first one tells. A message is one line, whatever it quotes.
     """
 
     def __init__(self, message: str, hint: str = "", code: int = 2):
-        super().__init__(message)
-        self.message, self.hint, self.code = message, hint, code
+        self.message, self.hint, self.code = printable(message), printable(hint), code
+        super().__init__(self.message)
         self.everywhere = False
 
 

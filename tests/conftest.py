@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 pytest.register_assert_rewrite("sslpre.contract")
+from warm import Warm  # noqa: E402
+
 from sslpre.contract.pair import pair  # noqa: E402, F401  (a fixture: the two processes that serve every test)
 
 torch.set_num_threads(1)
@@ -94,6 +96,16 @@ def run_cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         return Done(int(end.value.code or 0), out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Starts `python -m sslpre` in processes of their own that have torch loaded already, for tests of what follows:
+    `warm.start("pretrain", …, cwd=tmp_path, env=child)`."""
+    import sslpre
+
+    with Warm({**os.environ, "PYTHONPATH": str(Path(sslpre.__file__).parents[1])}) as started:
+        yield started
 
 
 @pytest.fixture

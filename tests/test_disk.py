@@ -128,6 +128,7 @@ def test_a_directory_that_vanishes(back, tmp_path, monkeypatch, capfd):
     run = start("rotation", tmp_path / "run", train={"epochs": 4})
     away = tmp_path / "away"
     monkeypatch.setattr(loop, "take_step", slow(0.03))
+    monkeypatch.setattr(disk, "PAUSES", (0.05, 0.1, 2.0) if back else PAUSES)  # on a busy machine steps take longer
     with at_step(6, lambda: (tmp_path / "run").rename(away)):
         if back:
             with at_step(14, lambda: away.rename(tmp_path / "run")):
@@ -137,6 +138,30 @@ def test_a_directory_that_vanishes(back, tmp_path, monkeypatch, capfd):
             with pytest.raises(SslpreError, match="no such file or directory") as end:
                 loop.train(run)
             assert end.value.code == 13 and checkpoint.newest(away).state["step"] == 5
+
+
+def test_a_directory_that_becomes_read_only(tmp_path, monkeypatch, capfd):
+    """As after an error of the file system, for root too: what is open stays so, nothing new can be opened."""
+    run = start("rotation", tmp_path / "run", train={"epochs": 40})
+    place = str(tmp_path / "run")
+
+    def mount(*words):
+        return subprocess.run(["mount", *words], capture_output=True).returncode == 0
+
+    if not mount("--bind", place, place):
+        pytest.skip("may not mount a file system here")
+    subprocess.run(["umount", place], check=True)
+    monkeypatch.setattr(loop, "take_step", slow(0.03))
+    try:
+        with (
+            at_step(6, lambda: mount("--bind", place, place) and mount("-o", "remount,bind,ro", place)),
+            pytest.raises(SslpreError, match="could not be saved: read-only file system") as end,
+        ):
+            loop.train(run)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    assert end.value.code == 13 and checkpoint.newest(run.folder).state["step"] == 5
+    assert capfd.readouterr().err.count("warning: step") == len(PAUSES)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -156,6 +181,7 @@ def test_a_directory_that_vanishes_from_the_command_line(run_cli, photos, tmp_pa
     """With the lock that a run holds: gone for a while, and the run is saved when it is back."""
     words = "--backbone test_resnet --image-size 32 --batch-size 8 --precision fp32 --device cpu --workers 1".split()
     monkeypatch.setattr(loop, "take_step", slow(0.03))
+    monkeypatch.setattr(disk, "PAUSES", (0.05, 0.1, 2.0))
     away = at_step(8, lambda: (tmp_path / "r").rename(tmp_path / "away"))
     with away, at_step(15, lambda: (tmp_path / "away").rename(tmp_path / "r")):
         done = run_cli("pretrain", "rotation", photos, *words, "--epochs", "4", "--out", "r")

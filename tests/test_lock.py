@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -20,10 +19,10 @@ SMALL = (
 
 
 @pytest.fixture
-def running(tmp_path, child, photos):
+def running(tmp_path, child, photos, warm):
     """A run that trains for long, in `r`."""
-    command = [sys.executable, "-m", "sslpre", "pretrain", "rotation", str(photos), *SMALL, "5000", "--out", "r"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=child, stderr=subprocess.PIPE, text=True)
+    words = ["pretrain", "rotation", photos, *SMALL, "5000", "--out", "r"]
+    process = warm.start(*words, cwd=tmp_path, env=child, stderr=subprocess.PIPE)
     begun = time.monotonic()
     while not (tmp_path / "r/checkpoints/step-00000006/MANIFEST.json").exists():
         assert process.poll() is None and time.monotonic() - begun < 120, process.communicate()
@@ -56,10 +55,10 @@ def test_a_second_run_is_told_who_has_the_directory_and_a_dead_one_is_taken_over
     assert not (tmp_path / "r/.lock").exists(), "who ends tidily leaves no lock"
 
 
-def test_two_that_begin_at_once_in_one_directory(child, photos, tmp_path):
+def test_two_that_begin_at_once_in_one_directory(child, photos, tmp_path, warm):
     """Just one of them trains; the other is told, and has removed nothing."""
-    command = [sys.executable, "-m", "sslpre", "pretrain", "rotation", str(photos), *SMALL, "2", "--out", "r"]
-    two = [subprocess.Popen(command, cwd=tmp_path, env=child, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    words = ["pretrain", "rotation", photos, *SMALL, "2", "--out", "r"]
+    two = [warm.start(*words, cwd=tmp_path, env=child, stderr=subprocess.PIPE) for _ in range(2)]
     ends = sorted((process.communicate(timeout=120)[1], process.returncode) for process in two)
     codes = sorted(code for _, code in ends)
     assert codes in ([0, 2], [0, 6]), ends

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 import safetensors.torch
 
 from sslpre.errors import SslpreError
-from sslpre.train import distributed
+from sslpre.train import announce, distributed
 
 SMALL = (
     "--backbone",
@@ -31,28 +32,25 @@ SMALL = (
 
 
 @pytest.fixture
-def processes(tmp_path, child):
-    """Start `sslpre` in two processes that know each other, without torchrun: `processes(words0, words1)`."""
+def processes(tmp_path, child, warm):
+    """Start `sslpre` in processes that know each other, without torchrun: `processes(words0, words1)`."""
     started = []
 
-    def start(*words, environment=None):
+    def start(*words, environment=None, count=2, first=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        for rank in range(2):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        for rank in range(count):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            command = [sys.executable, "-m", "sslpre", *map(str, words[rank] if len(words) > 1 else words[0])]
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=tmp_path,
-                    env={**child, **ranks, **meeting, **(environment or {})},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            own = words[rank] if len(words) > 1 else words[0]
+            env = {**child, **{name: str(number) for name, number in ranks.items()}, **meeting}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            if environment is None:
+                started.append(warm.start(*own, first=first, cwd=tmp_path, env=env, **pipes))
+                continue
+            command = [sys.executable, "-m", "sslpre", *map(str, own)]
+            started.append(subprocess.Popen(command, cwd=tmp_path, env={**env, **environment}, text=True, **pipes))
         return started
 
     yield start
@@ -161,24 +159,48 @@ def test_a_finished_run_is_told_by_one(photos, tmp_path, processes):
     assert first[0] == second[0] == 0 and "was finished already" in first[1] and second[1].strip() == ""
 
 
-def test_a_killed_process_ends_the_other(photos, tmp_path, processes):
-    """kill -9: nobody can say why, but the other one is gone within a minute and the run can be gone on with."""
-    running = processes(["pretrain", "simclr", photos, *SMALL, "--epochs", "500", "--out", "r"])
-    wait_for(tmp_path / "r/checkpoints/step-00000003/MANIFEST.json", running)
+def test_a_killed_process_ends_the_others(photos, tmp_path, processes):
+    """kill -9: nobody can say why, but the others are gone within a minute and the run can be gone on with."""
+    words, count = ["pretrain", "simclr", photos, *SMALL, "--batch-size", "12", "--epochs", "500", "--out", "r"], 3
+    running = processes(words, count=count)
+    wait_for(tmp_path / "r/checkpoints/step-00000004/MANIFEST.json", running)
     running[1].send_signal(signal.SIGKILL)
     begun = time.monotonic()
-    code, err = ended(running[:1])[0]
+    others = ended([running[0], *running[2:]])
     assert time.monotonic() - begun < 60
-    assert code == 15 and "error: process 0: another process has gone" in err
+    assert [code for code, _ in others] == [15] * (count - 1)
+    assert "error: process 0: another process has gone" in others[0][1]
     words = ["pretrain", "--resume", "r", "--device", "cpu", "--workers", "1"]
-    again = processes(words)[2:]
-    wait_for(tmp_path / "r/checkpoints/step-00000030/MANIFEST.json", again)
+    again = processes(words, count=count)[count:]
+    wait_for(tmp_path / "r/checkpoints/step-00000040/MANIFEST.json", again)
     for process in again:
         process.send_signal(signal.SIGINT)
-    first, second = ended(again)
-    assert (
-        first[0] == second[0] == 130 and "resume     r at step" in first[1] and "interrupted: `r` is saved" in first[1]
-    )
+    told = ended(again)
+    assert [code for code, _ in told] == [130] * count
+    assert "resume     r at step" in told[0][1] and "interrupted: `r` is saved" in told[0][1]
+
+
+def test_a_disk_that_fails_is_known_to_both(photos, tmp_path, processes):
+    """A limit on the size of files, set from outside on the process that writes: past it once, then for good."""
+    patience = "from sslpre.train import disk; disk.PAUSES = (0.2, 0.2, 20)"
+    running = processes(["pretrain", "rotation", photos, *SMALL, "--epochs", "500", "--out", "r"], first=patience)
+    saved = tmp_path / "r/checkpoints"
+    wait_for(saved / "step-00000003/MANIFEST.json", running)
+    resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    for line in running[0].stderr:
+        if "could not be saved: file too large" in line:
+            break
+    resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for line in running[0].stderr:
+        if "can be written to again" in line:
+            break
+    resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    running[1].send_signal(signal.SIGTERM)
+    first, second = ended(running)
+    assert first[0] == second[0] == 13, (first, second)
+    assert "could not be saved: file too large" in first[1] and "hint: make room there" in first[1]
+    assert "could not be saved" not in second[1] and not list(saved.glob(".tmp-*"))
+    assert len(list(saved.glob("step-*/MANIFEST.json"))) >= 1
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(photos, tmp_path, processes):
@@ -201,6 +223,21 @@ def test_under_torchrun_sigterm_is_saved_within_its_30_seconds(photos, tmp_path,
     assert time.monotonic() - begun < 30 and launcher.returncode != 0
     step = int(err.split("error: stopped by SIGTERM: `r` is saved at step ")[1].split()[0])
     assert (tmp_path / f"r/checkpoints/step-{step:08d}/MANIFEST.json").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_lost_process_again(photos, tmp_path, child):
+    """`--max-restarts`: one is killed, torchrun begins all of them anew, and the same words go on with the run."""
+    words = ["pretrain", "rotation", str(photos), *SMALL, "--epochs", "40", "--out", "r", "--resume", "auto"]
+    elastic = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "sslpre"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", *elastic, *words], cwd=tmp_path, env=child, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "r/checkpoints/step-00000009/MANIFEST.json", [launcher])
+    os.kill(json.loads((tmp_path / "r/.lock").read_text())["pid"], signal.SIGKILL)
+    _, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0 and err.count("resume     r at step") == 1, err
+    assert (tmp_path / "r/encoder/model.safetensors").exists()
 
 
 @pytest.fixture
@@ -262,3 +299,12 @@ def test_alone_nothing_is_asked():
     assert distributed.part(10) == slice(0, 10) and distributed.summed([1.0]) == [1.0] and distributed.first()
     with pytest.raises(SslpreError):
         distributed.from_first(lambda: (_ for _ in ()).throw(SslpreError("x")))
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(40.0, True), (2.0, False)])
+def test_steps_too_long_for_the_launcher_are_told(seconds, warned, photos, run_cli, monkeypatch):
+    """It kills 30 s after it has asked; what a step takes is measured before the first."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(announce, "a_step", lambda *_: seconds)
+    done = run_cli("pretrain", "rotation", photos, *SMALL, "--epochs", "1")
+    assert done.code == 0 and ("warning: a step takes 40 s, and torchrun kills" in done.err) is warned, done.err

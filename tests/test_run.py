@@ -61,14 +61,6 @@ def options(pictures, **kwargs):
     return runs.Options("simclr", pictures, (), tables, device="cpu", workers=1, **kwargs)
 
 
-def sslpre(*arguments, cwd):
-    """The real program, with as many threads as the tests have: only then is a run the same to the bit."""
-    command = [sys.executable, "-m", "sslpre", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def weights(run):
     return safetensors.torch.load_file(run / "encoder" / "model.safetensors")
 
@@ -117,22 +109,23 @@ def test_the_runs_recipe_gives_the_same_run_again(pictures, tmp_path, monkeypatc
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures, tmp_path_factory):
+def undisturbed(pictures, tmp_path_factory, warm):
     folder = tmp_path_factory.mktemp("undisturbed")
     command = ["pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", folder / "run"]
-    child = sslpre(*command, cwd=folder)
+    child = warm.start(*command, cwd=folder, stderr=subprocess.PIPE)
     _, told = child.communicate(timeout=300)
     assert child.returncode == 0, told
     return folder / "run"
 
 
-def test_kill_9_and_resume_ends_in_the_same_weights(pictures, undisturbed, tmp_path):
+def test_kill_9_and_resume_ends_in_the_same_weights(pictures, undisturbed, tmp_path, warm):
     run = tmp_path / "run"
-    child = sslpre("pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", run, cwd=tmp_path)
+    words = ["pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", run]
+    child = warm.start(*words, cwd=tmp_path)
     wait_for_step(run, 12, child)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    resumed = sslpre("pretrain", "--resume", run, "--device", "cpu", cwd=tmp_path)
+    resumed = warm.start("pretrain", "--resume", run, "--device", "cpu", cwd=tmp_path, stderr=subprocess.PIPE)
     _, told = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, told
     assert "at step" in told and not list((run / "checkpoints").glob(".tmp-*"))
@@ -140,22 +133,6 @@ def test_kill_9_and_resume_ends_in_the_same_weights(pictures, undisturbed, tmp_p
     assert all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 72
-
-
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(pictures, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    child = sslpre("pretrain", "simclr", pictures, *SMALL, "--epochs", "12", "--out", run, cwd=tmp_path)
-    wait_for_step(run, 6, child)
-    child.send_signal(signal.SIGINT)
-    _, told = child.communicate(timeout=120)
-    assert child.returncode == 130
-    assert (
-        "error: interrupted: " in told and f"hint: sslpre pretrain --resume {run}" in told and "Traceback" not in told
-    )
-    assert not (run / "encoder").exists()
-    runs.pretrain(runs.Options(resume=str(run), device="cpu", workers=1))
-    a, b = weights(undisturbed), weights(run)
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_resume_auto_starts_goes_on_and_is_done(pictures, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--backbone test_resnet --image-size 32 --batch-size 8 --precision fp32 --device cpu --workers 1 --epochs 30"
+SMALL = "--backbone test_resnet --image-size 32 --batch-size 8 --precision fp32 --device cpu --workers 1 --epochs 9"
 
 
 def script() -> str:
@@ -20,7 +20,7 @@ def script() -> str:
     return text
 
 
-def test_the_script_gets_through_any_number_of_time_limits(photos, tmp_path, child):
+def test_the_script_gets_through_time_limits(photos, tmp_path, child, warm):
     """`srun` hands signals on and gives the code back, `scontrol requeue` leaves a mark, and the job is run again."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -39,8 +39,8 @@ def test_the_script_gets_through_any_number_of_time_limits(photos, tmp_path, chi
         (tmp_path / "job.pid").unlink(missing_ok=True)
         with open(tmp_path / "job.log", "a") as log:
             job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        limit = jobs * 40  # steps at which the time is up
-        while job.poll() is None and jobs < 3 and not any(run.glob(f"checkpoints/step-{limit // 6 * 6:08d}/MANIFEST*")):
+        limit = jobs * 18  # steps at which the time is up
+        while job.poll() is None and jobs < 3 and not any(run.glob(f"checkpoints/step-{limit:08d}/MANIFEST*")):
             time.sleep(0.01)
         if job.poll() is None and jobs < 3:
             os.kill(int((tmp_path / "job.pid").read_text()), signal.SIGUSR1)
@@ -51,8 +51,8 @@ def test_the_script_gets_through_any_number_of_time_limits(photos, tmp_path, chi
     assert jobs == 3 and told.count("error: stopped by SIGUSR1: `runs/leaves` is saved at step") == 2
     again = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "was finished already" in again.stderr
-    command = [sys.executable, "-m", "sslpre", "pretrain", "simclr", "leaves", "--out", "whole", *SMALL.split()]
-    subprocess.run(command, cwd=tmp_path, env=child, check=True, capture_output=True)
+    words = ["pretrain", "simclr", "leaves", "--out", "whole", *SMALL.split()]
+    assert warm.start(*words, cwd=tmp_path, env=child).wait(120) == 0
     a, b = (load_file(path / "encoder/model.safetensors") for path in (run, tmp_path / "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
 

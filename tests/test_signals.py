@@ -20,17 +20,19 @@ SMALL = (
 
 
 @pytest.fixture
-def sslpre(tmp_path, child):
-    """Start `python -m sslpre` in an empty folder; what still runs at the end is killed."""
+def sslpre(tmp_path, child, warm):
+    """Start `sslpre` in an empty folder, cold where there is something `before` it; what runs at the end is killed."""
     started = []
 
     def start(*words, before=None, **streams):
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
-        command = [*(before or []), sys.executable, "-m", "sslpre", *map(str, words)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        if before is None:
+            started.append(warm.start(*words, cwd=tmp_path, env=child, **streams))
+            return started[-1]
+        command = [*before, sys.executable, "-m", "sslpre", *map(str, words)]
         heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
-        started.append(
-            subprocess.Popen(command, cwd=tmp_path, env=child, start_new_session=True, preexec_fn=heard, **streams)
-        )
+        whole = {"start_new_session": True, "preexec_fn": heard, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=child, **whole, **streams))
         return started[-1]
 
     yield start
@@ -79,6 +81,7 @@ def test_a_signal_costs_one_step(name, code, sslpre, photos, undisturbed, tmp_pa
     said = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert error.startswith(f"error: {said}: `r` is saved at step ") and hint == "hint: sslpre pretrain --resume r"
     step = int(error.split("at step ")[1].split()[0])
+    assert not (tmp_path / "r/encoder").exists() and "Traceback" not in err
     if name not in ("SIGTERM", "SIGINT"):  # the others are saved by the same lines
         return
     assert (tmp_path / f"r/checkpoints/step-{step:08d}/MANIFEST.json").exists() and 12 <= step < 72
@@ -92,7 +95,7 @@ def test_a_signal_costs_one_step(name, code, sslpre, photos, undisturbed, tmp_pa
 def test_before_the_first_step_a_signal_leaves_nothing(sslpre, tmp_path, photos):
     """While torch is imported, images are looked at and the batch is tried: no directory, no traceback, exit 143."""
     for pause in (0.3, 1.5, 2.5):
-        process = sslpre("pretrain", "rotation", photos, *SMALL, "--out", "r")
+        process = sslpre("pretrain", "rotation", photos, *SMALL, "--out", "r", before=[])
         time.sleep(pause)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
@@ -154,7 +157,7 @@ def test_data_for_a_closed_pipe_ends_quietly(sslpre):
     """`sslpre recipes simclr | head -0`, as cat would: 141."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = sslpre("recipes", "simclr", stdout=writer)
+    process = sslpre("recipes", "simclr", stdout=writer, before=[])
     os.close(writer)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 141 and err == ""

@@ -13,7 +13,7 @@ from sslpre import __version__, signals
 from sslpre.cli import bench, export, hearers, import_, pack, pretrain, preview, probe, processes, recipes, replay
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
-from sslpre.errors import SslpreError, printable
+from sslpre.errors import SslpreError
 
 PIPE = 13  # SIGPIPE, which some systems have not
 
@@ -110,5 +110,5 @@ def understood(words: list[str], met: list[int]) -> int:
 
 
 def tell(told: SslpreError) -> None:
-    print(f"error: {printable(told.message)}", file=sys.stderr)
-    print(f"hint: {printable(told.hint or 'add --debug to see where it happened')}", file=sys.stderr)
+    print(f"error: {told.message}", file=sys.stderr)
+    print(f"hint: {told.hint or 'add --debug to see where it happened'}", file=sys.stderr)

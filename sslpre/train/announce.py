@@ -22,6 +22,7 @@ from sslpre.train.progress import duration, say
 from sslpre.train.step import rehearse
 
 PATIENCE = 2 * 3600  # seconds on a CPU above which a shorter run is proposed
+GRACE = 30.0  # seconds that torchrun gives between SIGTERM and SIGKILL
 
 
 def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start | None, kept: str) -> None:
@@ -76,10 +77,21 @@ def announce(run: Run, wanted: Recipe, found: Found, tried: float, begun: Start 
     left_alone = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.skipped.items()))
     if left_alone:
         say(f"left alone {left_alone}")
-    seconds = expected(run, tried)
+    spent = a_step(run, tried)
+    seconds = expected(run, spent)
     say(f"run        {run.folder}, about {duration(seconds)}")
     if run.device.type == "cpu" and seconds > PATIENCE:
         say(f"hint: that is long for a CPU; {shorter(recipe, seconds)}")
+    say_if_slow(spent)
+
+
+def say_if_slow(step: float) -> None:
+    """A step of so many seconds may not be at its end when torchrun kills what it has asked to stop."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and step > GRACE / 2:
+        say(
+            f"warning: a step takes {duration(step)}, and torchrun kills what lives {GRACE:.0f} s after SIGTERM; "
+            "being stopped may cost the work since the last checkpoint; --set train.checkpoint_minutes=1 keeps it small"
+        )
 
 
 def shorter(recipe: Recipe, seconds: float) -> str:
@@ -93,12 +105,16 @@ def shorter(recipe: Recipe, seconds: float) -> str:
     return "one epoch alone takes longer; train on a part of the images"
 
 
-def expected(run: Run, tried: float) -> float:
-    """Seconds the run will take, by steps rehearsed with a copy of the objective. tried: what the first one took."""
+def a_step(run: Run, tried: float) -> float:
+    """Seconds of a step, rehearsed with a copy of the objective. tried: what the first one took."""
+    batch = run.stream.batch_size // run.stream.world
+    return min([tried, *again(run, batch)] if tried < 1 else [tried])  # the first one also warms up memory and kernels
+
+
+def expected(run: Run, learned: float) -> float:
+    """Seconds the run will take. learned: those of a step."""
     stream = run.stream
-    batch = stream.batch_size // stream.world
-    spent = min([tried, *again(run, batch)] if tried < 1 else [tried])  # the first one also warms up memory and kernels
-    learned, decoded = spent, batch * decoding(stream)
+    decoded = stream.batch_size // stream.world * decoding(stream)
     left = anew = run.steps - run.step
     if stream.store is not None:  # each image is decoded once
         anew = min(left, math.ceil((len(stream.source) - stream.store.near) / stream.batch_size))

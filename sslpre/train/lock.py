@@ -49,7 +49,8 @@ class Lock:
 
     def write(self) -> None:
         os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(me() | {"token": self.token}).encode(), 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        os.write(self.fd, json.dumps(me() | {"token": self.token}).encode())
 
     def check(self) -> None:
         """Raises SslpreError (exit 6) where another run has taken the directory over, OSError where it is not there.
@@ -198,7 +199,8 @@ def boot() -> str:
 def told(fd: int) -> dict[str, Any] | None:
     """Who wrote the file; None where nobody did, or it cannot be read."""
     try:
-        owner = json.loads(os.pread(fd, 4096, 0))
+        os.lseek(fd, 0, os.SEEK_SET)
+        owner = json.loads(os.read(fd, 4096))
         return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
     except (ValueError, RecursionError):
         return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -29,16 +30,14 @@ import ledger
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
+from warm import Child, Warm
 
 from sslpre.methods import methods
 
 IMAGES, EPOCHS, PATIENCE = 48, 12, 180.0
 SMALL = "--backbone test_resnet --image-size 32 --batch-size 8 --precision fp32 --device cpu --workers 1".split()
 # every step is logged, so that what a kill costs is known; a disk that fails is tried again sooner than in life
-LAUNCH = (
-    "import sys; from sslpre.train import disk, metrics; metrics.LOG_STEPS = 1; disk.PAUSES = (1.0, 2.0, 4.0); "
-    "from sslpre.cli import main; main(sys.argv[1:])"
-)
+FIRST = "from sslpre.train import disk, metrics; metrics.LOG_STEPS = 1; disk.PAUSES = (1.0, 2.0, 4.0)"
 
 
 @dataclass
@@ -114,7 +113,12 @@ def words(method: str, place: Path, *more: str) -> list[str]:
     return ["pretrain", method, str(images), *SMALL, *out, *more]
 
 
-def begin(command: list[str], processes: int, log: Path) -> list[subprocess.Popen[bytes]]:
+@functools.cache
+def warm() -> Warm:
+    return Warm()
+
+
+def begin(command: list[str], processes: int, log: Path) -> list[Child]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -125,13 +129,11 @@ def begin(command: list[str], processes: int, log: Path) -> list[subprocess.Pope
             own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with open(log, "ab") as file:
-            started.append(
-                subprocess.Popen([sys.executable, "-c", LAUNCH, *command], env=own, stderr=file, stdout=file)
-            )
+            started.append(warm().start(*command, first=FIRST, env=own, stdout=file, stderr=file))
     return started
 
 
-def ended(started: list[subprocess.Popen[bytes]]) -> list[int]:
+def ended(started: list[Child]) -> list[int]:
     return [process.wait(timeout=PATIENCE) for process in started]
 
 
@@ -149,7 +151,7 @@ def logged(run: Path) -> int:
     return max(map(int, numbers), default=0)
 
 
-def wait(started: list[subprocess.Popen[bytes]], until: object) -> bool:
+def wait(started: list[Child], until: object) -> bool:
     """Until it is so; False where a process ended first."""
     begun = time.monotonic()
     while not until():  # type: ignore[operator]
@@ -177,11 +179,25 @@ def killed(place: Path, method: str, processes: int, kills: int, chance: random.
     whole = undisturbed(place.with_name(place.name + "-whole"), method, processes)
     place.mkdir()
     row, run, command = Row("SIGKILL", method, processes), place / "run", words(method, place)
+
+    def again() -> tuple[int, list[Child]]:
+        """Begin once more; what survived a kill is told by the checkpoint that is gone on from."""
+        (place / "log").unlink(missing_ok=True)
+        return newest(run), begin(command, processes, place / "log")
+
+    def went_on(before: int) -> bool:
+        log = (place / "log").read_text()
+        if before >= 0 and f"at step {before} of" not in log:  # who is alone before the first step leaves nothing
+            row.note = f"wrong: not gone on with from step {before}: {log[-300:]}"
+        return not row.note
+
     while row.made < kills:
-        before, started = newest(run), begin(command, processes, place / "log")
+        before, started = again()
         saving = row.made % 2 == 1
         if not wait(started, lambda before=before: newest(run) > before):
-            break  # it came to its end first
+            row.note = f"wrong: {row.made} of {kills} kills, then it was at its end"
+            break
+        row.survived += row.made > 0 and went_on(before)
         time.sleep(chance.uniform(0, 0.3))
         if saving:
             wait(started, lambda: any(run.glob("checkpoints/.tmp-*")))
@@ -191,14 +207,16 @@ def killed(place: Path, method: str, processes: int, kills: int, chance: random.
         row.saving += any(run.glob("checkpoints/.tmp-*"))
         codes = ended(started)
         if 0 in codes:
+            row.note = f"wrong: {row.made} of {kills} kills, then it was at its end"
             break
         if lost_one and codes[0] != 15:
             row.note = f"wrong code {codes[0]} of the process that was left"
         row.made += 1
         lost = logged(run) - max(newest(run), 0)
         row.lost, row.most_lost = row.lost + lost, max(row.most_lost, lost)
-        row.survived += newest(run) >= before
-    codes = ended(begin(command, processes, place / "log"))
+    before, started = again()
+    codes = ended(started)
+    row.survived += went_on(before)
     if any(codes):
         row.note = f"wrong: ended with {codes}: {(place / 'log').read_text()[-300:]}"
     else:

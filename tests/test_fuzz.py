@@ -93,7 +93,7 @@ def test_recipe_files_of_anything(tmp_path, data):
             one_line(error)
 
 
-VERBS = "pretrain probe export import pack preview replay bench recipes".split()
+VERBS = "pretrain probe export embed near import pack preview replay bench recipes".split()
 FLAGS = "--set --backbone --epochs --lr --out --resume --device --workers --json --linear --knn --data --run --stage -o"
 # nothing among these is a recipe together with images, so that no run begins
 WORDS = [

@@ -10,7 +10,21 @@ from typing import Annotated, NoReturn
 import typer
 
 from sslpre import __version__, signals
-from sslpre.cli import bench, export, hearers, import_, pack, pretrain, preview, probe, processes, recipes, replay
+from sslpre.cli import (
+    bench,
+    embed,
+    export,
+    hearers,
+    import_,
+    near,
+    pack,
+    pretrain,
+    preview,
+    probe,
+    processes,
+    recipes,
+    replay,
+)
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
 from sslpre.errors import SslpreError
@@ -27,6 +41,8 @@ verbs = (
     pretrain.pretrain,
     probe.probe,
     export.export,
+    embed.embed,
+    near.near,
     import_.import_,
     pack.pack,
     preview.preview,
@@ -49,7 +65,7 @@ def sslpre(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,  # an error without a hint names it
 ) -> None:
     """Pretrain an image encoder without labels, and see how good it is.
 

@@ -298,14 +298,14 @@ def test_a_slow_decoder_is_the_limit_and_is_worth_packing(run_cli, photos, tmp_p
     read = Folder.read
 
     def slow(self, i, side=None):
-        time.sleep(0.02)
+        time.sleep(0.06)  # a network on a busy machine is faster still
         return read(self, i, side)
 
     monkeypatch.setattr(Folder, "read", slow)
     done = run_cli("bench", "simclr", photos, *SMALL, "--json", "--set", "train.epochs=2")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert 20 < found["stages"]["decode"]["images_per_s"] < 50, "one thread, at least 20 ms an image"
+    assert 6 < found["stages"]["decode"]["images_per_s"] < 17, "one thread, at least 60 ms an image"
     assert found["first_epoch"]["limit"] == "decode"
     assert found["first_epoch"]["loading"] > 0.4
     assert found["later_epochs"]["loading"] < 0.2 and found["later_epochs"]["limit"] != "decode"

@@ -7,6 +7,7 @@ import os
 import shlex
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ import sslpre
 from sslpre.data import Source
 from sslpre.data.find import Folder
 from sslpre.data.stream import BadList
-from sslpre.encoder import Encoder
+from sslpre.encoder import SIDES, Encoder
 from sslpre.errors import SslpreError, disk_code
 from sslpre.export import stage_number
 from sslpre.probe import lent
 from sslpre.probe.features import Centres, Layout, describe, fingerprint, layout
 
 KINDS = (".npz", ".npy", ".parquet")
+# what numpy, zipfile and json raise for a file that is cut, changed or made up
+DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
+DAMAGE += (MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
 BATCH = 64  # images that go through the encoder together
 CHUNK = 1 << 25  # numbers of a file that are compared at a time: 128 MiB
 AGAIN = "sslpre embed ./images -o out.npz writes one"
@@ -144,8 +148,12 @@ def write(embedding: Embedding, out: Path) -> None:
         else:
             write_parquet(embedding, about, half_made)
         os.replace(half_made, out)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too: nothing half made stays
         half_made.unlink(missing_ok=True)
+        if out.suffix == ".npy" and not out.exists():
+            beside(out).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         message = f"`{out}` cannot be written: {(error.strerror or str(error)).lower()}"
         raise SslpreError(message, "name a place with room that you may write to", disk_code(error)) from error
 
@@ -196,9 +204,11 @@ def read(path: Path) -> Embedding:
     try:
         paths, features, about = contents(path, pyarrow)
         good = features.ndim == 2 and features.dtype in (np.float16, np.float32) and len(features) == len(paths) > 0
+        good = good and isinstance(paths, list) and all(type(one) is str for one in paths)
         needed = {"encoder_hash": str, "stage": str, "image_size": int, "store_size": int}
-        good = good and all(isinstance(about[key], kind) for key, kind in needed.items())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+        good = good and all(type(about[key]) is kind for key, kind in needed.items())
+        good = good and about["store_size"] in SIDES and bool(np.isfinite(features).all())
+    except DAMAGE as error:
         raise SslpreError(f"`{path}` cannot be read: {' '.join(str(error).split())}", AGAIN, 4) from error
     if not good:
         raise SslpreError(f"`{path}` was not written by sslpre embed", AGAIN, 4)
@@ -211,6 +221,8 @@ def contents(path: Path, pyarrow: Any) -> tuple[list[str], np.ndarray, dict[str,
         try:
             table = pyarrow.parquet.read_table(path)
             column = table["features"].combine_chunks()
+            if not pyarrow.types.is_fixed_size_list(column.type) or column.null_count or column.flatten().null_count:
+                raise ValueError("its features are not lists of one length")
         except pyarrow.ArrowException as error:
             raise ValueError(str(error)) from error
         features = column.flatten().to_numpy().reshape(table.num_rows, -1)
@@ -245,14 +257,17 @@ def near(
         workers=0,
         max_bad=1.0,
     )
+    if not one.features.any():
+        raise SslpreError(f"all features of `{image}` are 0", "the encoder has collapsed; take another", 10)
     wanted = F.normalize(torch.from_numpy(one.features), dim=1)[0]
     if len(wanted) != embedding.features.shape[1]:
         raise SslpreError("the file has features of another size than the encoder", AGAIN)
     rows = max(1, CHUNK // len(wanted))
     parts = (embedding.features[at : at + rows].astype(np.float32) for at in range(0, len(embedding.features), rows))
     cosines = torch.cat([F.normalize(torch.from_numpy(part), dim=1) @ wanted for part in parts])
-    best = cosines.topk(min(count, len(cosines)))
-    return [(value, embedding.paths[i]) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    best = cosines.sort(descending=True, stable=True)  # equal ones as they stand in the file
+    pairs = zip(best.values[:count].tolist(), best.indices[:count].tolist(), strict=True)
+    return [(value, embedding.paths[i]) for value, i in pairs]
 
 
 def alone(image: Path, max_pixels: int) -> Folder:

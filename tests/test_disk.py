@@ -159,7 +159,7 @@ def test_a_directory_that_becomes_read_only(tmp_path, monkeypatch, capfd):
         ):
             loop.train(run)
     finally:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", place], check=False)
     assert end.value.code == 13 and checkpoint.newest(run.folder).state["step"] == 5
     assert capfd.readouterr().err.count("warning: step") == len(PAUSES)
 

@@ -139,6 +139,17 @@ def test_damaged_and_hostile_files(kind, tmp_path):
         with pytest.raises(SslpreError, match=r"cannot be read|not written by") as end:
             read(out)
         assert end.value.code == 4
+    for about in ({}, ABOUT | {"store_size": 10**9}, ABOUT | {"store_size": True}, ABOUT | {"stage": 3}):
+        out.unlink()
+        room.beside(out).unlink(missing_ok=True)
+        write(Embedding(["a", "b"], np.ones((2, 3), np.float32), about), out)
+        with pytest.raises(SslpreError, match=r"cannot be read|not written by"):
+            read(out)
+    out.unlink()
+    room.beside(out).unlink(missing_ok=True)
+    write(Embedding(["a", "b"], np.array([[1, np.nan], [0, 1]], np.float32), ABOUT), out)
+    with pytest.raises(SslpreError, match="not written by"):
+        read(out)
     objects = np.empty(2, object)
     objects[:] = [Mark(str(tmp_path / "mark"))] * 2
     with open(out, "wb") as file:
@@ -149,6 +160,17 @@ def test_damaged_and_hostile_files(kind, tmp_path):
     with pytest.raises(SslpreError):
         read(out)
     assert not (tmp_path / "mark").exists()
+
+
+def test_ctrl_c_leaves_nothing_half_made(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room.os, "replace", stopped)
+    for kind in room.KINDS:
+        with pytest.raises(KeyboardInterrupt):
+            write(Embedding(["a"], np.ones((1, 3), np.float32), ABOUT), tmp_path / f"out{kind}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing_half_made(tmp_path, monkeypatch):

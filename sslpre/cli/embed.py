@@ -55,7 +55,8 @@ def embed(
     say(f"encoder    {path} at step {facts.get('step', '0')}: {network.architecture}, {network.image_size} px")
     found = images_of(table.model_copy(update={"images": images}))
     sources = [found.train, *([found.test] if found.test is not None else [])]
-    say(f"images     {images}: {sum(map(len, sources)):,} images")
+    notes = [note for note in (found.note, found.passed_over) if note]
+    say(f"images     {images}: {sum(map(len, sources)):,} images" + (f" ({'; '.join(notes)})" if notes else ""))
     embedding = features_of(
         network,
         sources,

@@ -110,7 +110,7 @@ class Warm:
         stderr: Any = None,
     ) -> Child:
         """Begin `sslpre` with these words. first: Python that is run before; the streams are as Popen takes them."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # what is told comes one by one
         out, read_out = end(stdout, 1)
         err, read_err = (os.dup(out), None) if stderr == subprocess.STDOUT else end(stderr, 2)
         about = {"words": list(map(str, words)), "first": first, "cwd": os.path.abspath(str(cwd))}

@@ -38,8 +38,9 @@ AGAIN = "sslpre embed ./images -o out.npz writes one"
 
 @dataclass(frozen=True)
 class Embedding:
-    """paths: [N], where the images were, as they were named. features: [N, D], float16 or float32. about: how they were
-    made: `encoder` and `encoder_hash`, `stage`, `image_size`, `store_size`."""
+    """paths: [N], where the images were, from the folder of the call; a name's unprintable characters are written out.
+    features: [N, D], float16 or float32. about: how they were made: `encoder` and `encoder_hash`, `stage`,
+    `image_size`, `store_size`."""
 
     paths: list[str]
     features: np.ndarray
@@ -62,8 +63,8 @@ def embed(
 
     side: of the canvas that images are decoded to, in pixels. stage: number or name, whose map is pooled as `probe`
     pools it; None is the output. half: float16, in which a feature above 65,504 has no place.
-    Raises SslpreError: exit 2 for a stage that is not there, 4 where no image can be read, 10 where a feature is not
-    finite, 20 with more than the share `max_bad` of bad images.
+    Raises SslpreError: exit 2 for a stage that is not there, 10 where a feature is not finite, 20 with more than the
+    share `max_bad` of bad images, or where none can be read.
     """
     total = sum(len(source) for source in sources)
     paths: list[str] = []
@@ -94,8 +95,6 @@ def embed(
                 paths += [f"{source.where}/{source.name(i)}" for i in views.index[len(paths) - begun :].tolist()]
                 features[len(paths) - len(told) : len(paths)] = told
             say(f"embedded   {source.where}: {len(paths) - begun:,} images")
-    if not paths:
-        raise SslpreError(f"no image of `{sources[0].where}` can be read", "check the files, or name other IMAGES", 4)
     about = {
         "sslpre": sslpre.__version__,
         "architecture": encoder.architecture,
@@ -240,7 +239,8 @@ def near(
 ) -> list[tuple[float, str]]:
     """The `count` images of the file whose features are most like those of `image`: (cosine, path), the nearest first.
 
-    Raises SslpreError: exit 2 where the encoder is not the file's, 4 where the image cannot be read, 10 as `embed`.
+    Raises SslpreError: exit 2 where the encoder is not the file's, 4 where there is no such image, 10 as `embed` and
+    where all features are 0, 20 where the image cannot be read.
     """
     about = embedding.about
     if fingerprint(encoder) != about["encoder_hash"]:

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,7 @@ class Encoder(nn.Module):
         self.dim = int(getattr(model, "head_hidden_size", None) or self.model.num_features)
         self.chunk = 0
         self.seen: int | None = None  # side of what it is shown in training, where that is not the views'
+        self.listener: Callable[[Tensor, Tensor], None] | None = None  # gets images and features of training, [B, dim]
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -69,12 +70,21 @@ class Encoder(nn.Module):
         return sobel(x.mean(1, keepdim=True)) if self.colour == "sobel" else x  # as DeepCluster's authors have it
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.heard(x, self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
         if not self.chunk or len(x) <= self.chunk:
             return self.model(self.prepare(x))
         parts = x.tensor_split(-(-len(x) // self.chunk))  # of even sizes: a last one of one image has no statistics
         if not (self.training and torch.is_grad_enabled()):
             return torch.cat([self.model(self.prepare(part)) for part in parts])
         return torch.cat([self.recomputed(part) for part in parts])
+
+    def heard(self, x: Tensor, z: Tensor) -> Tensor:
+        """z, after whoever listens to training was told of it; a map [B, C, h, w] by its mean."""
+        if self.listener is not None and self.training and torch.is_grad_enabled():
+            self.listener(x, z.detach() if z.ndim == 2 else z.detach().mean((2, 3)))
+        return z
 
     def recomputed(self, part: Tensor) -> Tensor:
         def run(part: Tensor) -> Tensor:
@@ -125,12 +135,12 @@ class Encoder(nn.Module):
         their grid, without the class token. Raises SslpreError (exit 2) where there is no such map."""
         z = self.model.forward_features(self.prepare(x))
         if z.ndim == 4:
-            return z.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else z
+            return self.heard(x, z.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else z)
         z = z[:, getattr(self.model, "num_prefix_tokens", 0) :].transpose(1, -1)
         h = round(math.sqrt(z.shape[-1] * x.shape[2] / x.shape[3]))
         if z.ndim != 3 or z.shape[2] % h:
             raise SslpreError(f"`{self.architecture}` gives no map of an image", "--backbone resnet18")
-        return z.unflatten(2, (h, -1))
+        return self.heard(x, z.unflatten(2, (h, -1)))
 
     def map_shape(self, side: int) -> torch.Size:
         """Of `last_map` for an image of `side` px, [1, C, h, w].

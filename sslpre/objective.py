@@ -94,6 +94,7 @@ class Objective(nn.Module):
     needs_labels: ClassVar[bool] = False
     players: ClassVar[dict[str, tuple[str, ...]]] = {"all": ("",)}  # who trains which submodules (name prefixes)
     rates: ClassVar[dict[str, float]] = {}  # a player's share of the learning rate; all of it where it is not named
+    judged: ClassVar[tuple[str, str]] = ("loss", "chance")  # a term as logged, and the one it falls below by learning
     encoder: Encoder  # what is probed and exported
 
     @classmethod

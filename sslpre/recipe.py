@@ -109,6 +109,8 @@ class TrainTable(Table):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    on_collapse: Literal["warn", "stop"] = "warn"
+    monitor: Literal["none", "knn"] = "none"
 
 
 class Recipe(Table):

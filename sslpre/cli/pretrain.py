@@ -15,7 +15,11 @@ from sslpre.errors import SslpreError
 from sslpre.train.runs import find_run, is_run
 from sslpre.weights import spelled
 
-RESUMABLE = ("data.max_bad", "train.checkpoint_minutes", "train.micro_batch")  # may be changed when a run goes on
+# keys that may be changed when a run goes on
+RESUMABLE = (
+    "data.max_bad",
+    *(f"train.{key}" for key in ("checkpoint_minutes", "micro_batch", "on_collapse", "monitor")),
+)
 PRECISIONS = ("auto", "bf16", "fp32")
 STORES = "Decoded images: device, ram, disk, off, FILE."
 RESUME = "Go on with a run. auto: if any, else start."
@@ -39,6 +43,8 @@ def pretrain(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
+    on_collapse: Annotated[str | None, flag("--on-collapse", "warn|stop", "Features all alike: go on?  [warn]")] = None,
+    monitor: Annotated[str | None, flag("--monitor", "knn", "kNN at ends of epochs, by folder names.")] = None,
     out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
     resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
     data_changed: Annotated[str | None, flag("--data-changed", "accept", "Go on although images have changed.")] = None,
@@ -49,12 +55,10 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on a folder of images, no labels needed.
 
-    IMAGES is any folder, nested or flat; without it, the built-in sample set.
-    RECIPE is a name from `sslpre recipes` or a .toml file. The rest is chosen.
+    RECIPE: see `sslpre recipes`, or a .toml. IMAGES: any folder [a sample set].
 
     \b
       sslpre pretrain simclr ./images --epochs 20 --set method.temperature=0.2
-      sslpre pretrain --resume last
     """
     one_of("--device", device, DEVICES)
     if data_changed is not None:
@@ -73,6 +77,8 @@ def pretrain(
         "train.precision": precision and one_of("--precision", precision, PRECISIONS),
         "train.compile": compiled or None,
         "data.max_bad": number("--max-bad", max_bad, 0.01, most=1),
+        "train.on_collapse": on_collapse and one_of("--on-collapse", on_collapse, ("warn", "stop")),
+        "train.monitor": monitor and one_of("--monitor", monitor, ("knn", "none")),
     }
     words = {"RECIPE": recipe, "IMAGES": images, "--set": settings, "--out": out}
     machine: dict[str, Any] = {"device": device, "workers": threads, "store": store}

@@ -6,7 +6,7 @@ Zhang, Isola, Efros, "Colorful Image Colorization", 2016, https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ class Colorization(Objective):
     left out, 0 for none; width: channels of the layers between the encoder's last map and the answer.
     """
 
+    judged: ClassVar = ("loss", "constant")
     weight: Tensor
+    constant: Tensor
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Colorization(Objective):
         _, channels, h, _ = self.encoder.map_shape(side)
         self.head = head(channels, h, side // QUARTER, width, len(self.bins))
         self.register_buffer("weight", torch.ones(len(self.bins)))  # w of equation 4, until the prior is known
+        self.register_buffer("constant", torch.tensor(self.chance))  # loss of the best answer that is one for all
         self.told: dict[str, Any] = {}
 
     def loss(self, batch: Batch) -> Loss:
@@ -56,7 +59,8 @@ class Colorization(Objective):
             v = self.weight[q[:, 0]] * coloured  # equation 3: the weight of the nearest bin
             log_z = (z * logits.gather(1, q)).sum(1) - logits.logsumexp(1)  # Σ_q Z log Ẑ, as the Z of a pixel sum to 1
             right = (logits.argmax(1) == q[:, 0]).float().mean()
-            return Loss(-(v * log_z).mean(), {"accuracy": right})  # equation 2, over pixels and images
+            terms = {"accuracy": right, "constant": self.constant}
+            return Loss(-(v * log_z).mean(), terms)  # equation 2, over pixels and images
 
     def asked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of colours [B, 3, h, w] the bins and their shares Z, both [B, 5, h, w]; 1 where an image has colour, else 0,
@@ -90,11 +94,12 @@ class Colorization(Objective):
         w = rebalanced(self.bins.smoothed(p), self.uniform)
         w /= (w * p).sum()  # so that an answer that is the same for all colours costs ln 313
         constant = w @ pairs  # what the best answer that is the same for each pixel is in proportion to: E[w Z]
+        self.constant.copy_(-torch.xlogy(constant, constant / constant.sum()).sum())
         self.weight.copy_(w / coloured)  # grey images count nothing, so that the mean is over the others
         self.told = {
             "colours": int((p > 0).sum()),
             "grey_images": 1 - coloured,
-            "loss_of_a_constant": float(-torch.xlogy(constant, constant / constant.sum()).sum()),
+            "loss_of_a_constant": self.constant.item(),
         }
         return []
 

@@ -32,6 +32,7 @@ class Inpainting(Objective):
 
     players: ClassVar = {"encoder": ("",), "discriminator": ("discriminator",)}
     rates: ClassVar = {"discriminator": 0.1}  # section 4: ten times as much for the context encoder
+    judged: ClassVar = ("encoder.rec", "encoder.blank")
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Inpainting(Objective):
         if adversarial:
             self.discriminator = discriminator(self.painted)
         else:
-            self.players, self.rates = {"all": ("",)}, {}  # type: ignore[misc]  # this one plays alone
+            self.players, self.rates, self.judged = {"all": ("",)}, {}, ("rec", "blank")  # type: ignore[misc]  # alone
 
     def rounds(self, batch: Batch) -> Iterator[Loss]:
         x = batch.views[0]

@@ -19,8 +19,9 @@ from sslpre.train.runs import write_text
 
 HEADER = f"""Written by sslpre {sslpre.__version__}; every number is what the run used. It runs again as it is:
 sslpre pretrain THIS-FILE"""
-# Keys that may differ between the parts of a run: what it bears, how often it saves, how much it holds in memory.
-FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes", "micro_batch")}
+# Keys that may differ between the parts of a run: what it bears, how often it saves, how much it holds in memory, what
+# is looked at.
+FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes", "micro_batch", "on_collapse", "monitor")}
 
 OWN_DISK = {"data": ("images",), "encoder": ("init",)}
 

@@ -18,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import changes, checkpoint, distributed, finite, memory, metrics, optim
+from sslpre.train import changes, checkpoint, distributed, finite, health, memory, metrics, optim
 from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
@@ -48,6 +48,7 @@ class Run:
     unsettled: deque[tuple[int, dict[str, Tensor]]] = field(default_factory=deque)  # terms of those that may not be
     undo: memory.Undo | None = None  # what was before the last step, where its answer is late
     passed_over: int = 0  # steps that were not finite
+    verdict: str = ""  # on its health, with what to do, as of the last look
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
     outdated: list[Path] = field(default_factory=list)  # checkpoints on other images, to go when there is a new one
     guard: Callable[[], None] = lambda: None  # raises where another run has taken the directory over
@@ -61,8 +62,9 @@ class Run:
 def train(run: Run) -> dict[str, float]:
     """From `run.step` to the end. Returns seconds, images_per_s and waiting of this process.
 
-    Raises Interrupted after a signal to any process, with the state saved; SslpreError as `take_step`, and exit 20 with
-    too many bad images. Of several processes each calls it, and the first one writes.
+    Raises Interrupted after a signal to any process, with the state saved; SslpreError as `take_step`, exit 20 with too
+    many bad images, and 11 where the run has collapsed and is to stop then, with the state saved. Of several processes
+    each calls it, and the first one writes.
     """
     meter, saved_at, disk = Meter(), time.monotonic(), Disk(run.folder)
     an_epoch, minutes = run.stream.steps_per_epoch, run.recipe.train.checkpoint_minutes
@@ -72,6 +74,7 @@ def train(run: Run) -> dict[str, float]:
     with (
         metrics.metrics_from(run.folder / "metrics.jsonl", run.step) as log,
         Display(run.steps, run.step) as display,
+        health.watching(run) as watch,
         interruptible() as stop,
         contextlib.closing(run.stream.steps(run.step, run.steps)) as batches,
     ):
@@ -94,10 +97,15 @@ def train(run: Run) -> dict[str, float]:
                 finite.settle(run)
                 metrics.write_told(run, log)
             if log_now and run.summed:
-                metrics.write_metrics(run, log, display, meter, epoch)
-            if save_now or stop_now:
+                metrics.write_metrics(run, log, display, meter, watch, pixels, epoch)
+            if done + 1 == an_epoch:
+                metrics.write_survey(run, log, watch, epoch)
+            collapsed = bool(log_now) and watch.ends(run)
+            if save_now or stop_now or collapsed:
                 save(run, meter, disk, patient=not stop_now)
                 saved_at = time.monotonic()
+            if collapsed:
+                raise watch.stopped(run)
             if stop_now and run.step < run.steps:
                 raise Interrupted(max(distributed.collected([stop()])))
         see_it_saved(run, meter, disk, stop)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sslpre.train import distributed
+from sslpre.train import distributed, health
 from sslpre.train.disk import reason
 from sslpre.train.progress import Display, Meter, say
 from sslpre.train.runs import write_text
 
 if TYPE_CHECKING:
+    from sslpre.data.stream import Pixels
     from sslpre.train.loop import Run
 
 LOG_STEPS, LOG_SECONDS = 20, 10.0  # whichever comes first
@@ -48,20 +49,29 @@ def due(run: Run, meter: Meter) -> bool:
     return run.step % LOG_STEPS == 0 or run.step == run.steps or time.monotonic() - meter.since > LOG_SECONDS
 
 
-def write_metrics(run: Run, log: Log, display: Display, meter: Meter, epoch: int) -> None:
+def write_metrics(
+    run: Run, log: Log, display: Display, meter: Meter, watch: health.Watch, pixels: Pixels, epoch: int
+) -> None:
     """Mean of each term since the last line, over all processes: the only time the sums are read from the device."""
     names = list(run.sums)
     means = distributed.mean(torch.stack([run.sums[name] for name in names]) / run.summed).tolist()
     figures: dict[str, Any] = {"step": run.step, "epoch": epoch, **dict(zip(names, means, strict=True))}
     run.sums.clear()
     run.summed = 0
+    looked = watch.look(run, pixels, epoch, figures) if distributed.first() else {}
     figures["lr"] = next(iter(run.optimisers.values())).param_groups[0]["lr"]
     figures |= {key: round(number, 4) for key, number in meter.lap().items()}
-    log.write(figures)
+    log.write(figures | looked)
     shown = (
         figures if "loss" in figures else figures | {"loss": next(v for k, v in figures.items() if k.endswith("loss"))}
     )
-    display.update(run.step, shown)
+    display.update(run.step, shown, watch.verdict)
+
+
+def write_survey(run: Run, log: Log, watch: health.Watch, epoch: int) -> None:
+    figures = watch.survey(run)
+    if figures:
+        log.write({"step": run.step, "epoch": epoch, "health": figures})
 
 
 def write_told(run: Run, log: Log) -> None:

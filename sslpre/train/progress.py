@@ -88,11 +88,12 @@ class Display:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step)
 
-    def update(self, step: int, figures: dict[str, float]) -> None:
-        """figures: loss, images_per_s, waiting, epoch."""
+    def update(self, step: int, figures: dict[str, float], verdict: str = "") -> None:
+        """figures: loss, images_per_s, waiting, epoch. verdict: on the run's health, where there is one."""
         text = (
             f"loss {figures['loss']:.3f} · {figures['images_per_s']:,.0f} images/s · waiting {figures['waiting']:.0%}"
         )
+        text += f" · {verdict}" if verdict else ""
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, text=text)
             return

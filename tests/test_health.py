@@ -1,0 +1,260 @@
+"""Health: the figures are those of the formulas, the verdicts follow, and what collapses is called so in time."""
+
+import json
+import math
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sslpre.contract.single import start
+from sslpre.errors import SslpreError
+from sslpre.methods import methods
+from sslpre.ops import sphere
+from sslpre.ops.spectrum import DELTA, effective, lidar, rankme
+from sslpre.ops.sphere import alignment, mean_cosine, uniformity
+from sslpre.train import health, loop
+from sslpre.train.health import COLLAPSED, HEALTHY, NOT_YET, PARTLY, Ring, Watch, of_pairs, of_ring, unit, verdict_of
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_alignment_and_uniformity_are_the_papers(monkeypatch):
+    x, y = F.normalize(drawn(70, 8), dim=1), F.normalize(drawn(70, 8, seed=1), dim=1)
+    assert alignment(x, y).item() == pytest.approx((x - y).norm(p=2, dim=1).pow(2).mean().item())
+    slow = math.log(np.mean([math.exp(-2 * float((x[i] - x[j]).norm()) ** 2) for i in range(70) for j in range(i)]))
+    assert uniformity(x).item() == pytest.approx(slow)
+    monkeypatch.setattr(sphere, "BLOCK", 150)  # two rows at a time
+    assert uniformity(x).item() == pytest.approx(slow)
+    assert mean_cosine(x).item() == pytest.approx(
+        np.mean([float(x[i] @ x[j]) for i in range(70) for j in range(70) if i != j])
+    )
+
+
+def test_uniformity_of_one_point_and_of_the_whole_sphere():
+    assert uniformity(torch.ones(50, 4) / 2).item() == pytest.approx(0, abs=1e-6)
+    spread = uniformity(F.normalize(drawn(3000, 512).float(), dim=1)).item()
+    assert spread == pytest.approx(-4, abs=0.05)  # in many dimensions all are at right angles: exp(−2 · 2)
+
+
+def test_rankme_is_the_entropy_of_singular_values():
+    for shape in ((40, 7), (7, 40)):
+        z = drawn(*shape)
+        p = np.linalg.svd(z.numpy(), compute_uv=False)
+        p /= p.sum()
+        assert rankme(z) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    basis = torch.linalg.qr(drawn(30, 5))[0]
+    assert rankme(basis) == pytest.approx(5)
+    assert rankme(drawn(30, 1) * drawn(1, 9)) == pytest.approx(1, abs=1e-5)
+    assert rankme(torch.zeros(5, 3)) == 0
+
+
+def test_lidar_is_the_rank_of_scatter_between_in_units_of_within():
+    z = drawn(20, 6, 5) + 3 * drawn(20, 1, 5, seed=1)
+    means = z.mean(1).numpy()
+    between = np.cov(means.T, bias=True)
+    inner = (z - z.mean(1, keepdim=True)).flatten(0, 1).numpy()
+    within = inner.T @ inner / len(inner) + DELTA * np.eye(5)
+    root = np.linalg.inv(scipy.linalg.sqrtm(within))
+    values = np.linalg.eigvalsh(root @ between @ root)
+    p = values / values.sum()
+    assert lidar(z) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    assert lidar(torch.ones(4, 3, 5)) == 0
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
+def test_an_effective_rank_is_between_one_and_all(values):
+    rank = effective(torch.tensor(values, dtype=torch.float64))
+    assert rank == 0 if not any(values) else 1 - 1e-9 <= rank <= len(values) + 1e-9
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=8))
+def test_the_ring_holds_the_last_ones(sizes):
+    ring, numbers = Ring(), []
+    for size in sizes:
+        z = torch.arange(len(numbers), len(numbers) + size, dtype=torch.float32)[:, None].expand(-1, 2)
+        numbers += range(len(numbers), len(numbers) + size)
+        ring.add(torch.zeros(size, 3, 4, 4), z)
+    assert sorted(ring.finite()[:, 0].tolist()) == numbers[-health.RING :]
+    assert ring.pixels == 16 * len(numbers)
+
+
+def test_what_is_not_finite_is_left_out():
+    ring = Ring()
+    ring.add(torch.zeros(3, 3, 4, 4), torch.tensor([[1.0, 2], [math.nan, 1], [math.inf, 0]]))
+    assert ring.finite().tolist() == [[1, 2]]
+    assert of_ring(ring.finite()) == {}
+
+
+def test_figures_of_a_ring_and_of_pairs():
+    told = of_ring(drawn(2048, 64).float())
+    assert told["std"] == pytest.approx(1, abs=0.02)
+    assert told["rank"] > 60 and told["directions"] > 60
+    assert told["cosine"] == pytest.approx(0, abs=0.01)
+    dead = of_ring(torch.zeros(30, 8))
+    assert (dead["std"], dead["rank"], dead["uniformity"], dead["cosine"]) == pytest.approx((0, 0, 0, 1), abs=1e-6)
+    x, y = unit(drawn(30, 8)), unit(drawn(30, 8, seed=1))
+    told, cosines = of_pairs(x, y), (x @ y.T).numpy()
+    assert told["positive_cosine"] == pytest.approx(np.diag(cosines).mean())
+    assert told["negative_cosine"] == pytest.approx(cosines[~np.eye(30, dtype=bool)].mean())
+    assert told["alignment"] == pytest.approx(2 - 2 * told["positive_cosine"])
+
+
+def test_verdicts():
+    ring = {name: of_ring(rows.float()) for name, rows in {
+        "spread": drawn(300, 64),
+        "one point": drawn(1, 64).expand(300, -1) + 1e-5 * drawn(300, 64),
+        "near one point": drawn(1, 64) + 0.03 * drawn(300, 64),
+        "a line": drawn(300, 1) * drawn(1, 64, seed=1) + 2 * drawn(1, 64, seed=2),
+    }.items()}  # fmt: skip
+    for ratio in (None, 0.5, 1.0):
+        assert verdict_of(ring["one point"], ratio) == COLLAPSED
+        assert verdict_of(ring["near one point"], ratio) == PARTLY
+        assert verdict_of(ring["a line"], ratio) == PARTLY
+    assert [verdict_of(ring["spread"], ratio) for ratio in (None, 0.97, 0.99, 1.5)] == [
+        HEALTHY,
+        HEALTHY,
+        NOT_YET,
+        NOT_YET,
+    ]
+
+
+def toward(run, pixels):
+    """An encoder whose features are those of a black image, whatever it is shown."""
+    encoder = run.objective.encoder
+    encoder.prepare = types.MethodType(lambda self, x: torch.zeros_like(type(self).prepare(self, x)), encoder)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def verdicts(run):
+    return [(line["step"], line["health"]["verdict"]) for line in lines(run) if "verdict" in line.get("health", {})]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every line of the log has its figures, however long that takes; ends of epochs have none."""
+    monkeypatch.setattr(health, "SHARE", math.inf)
+    monkeypatch.setattr(Watch, "survey", lambda self, run: {})
+
+
+def short(method: str, folder: Path, **train) -> loop.Run:
+    return start(method, folder, count=40, train={"epochs": 4, "batch_size": 4, **train})
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_a_constant_encoder_has_collapsed_within_50_steps(method, tmp_path, always, capsys):
+    run = short(method, tmp_path, on_collapse="stop")
+    toward(run, None)
+    with pytest.raises(SslpreError) as failed:
+        loop.train(run)
+    assert failed.value.code == 11
+    assert run.step <= 50
+    assert verdicts(run)[-1] == (run.step, COLLAPSED)
+    assert f"--lr {run.recipe.optim.lr / 10:.1g}" in failed.value.hint and "--on-collapse warn" in failed.value.hint
+    assert "warning: collapsed: " in capsys.readouterr().err
+    again = short(method, tmp_path, on_collapse="warn")  # it was saved where it stopped
+    from sslpre.train import run as runs
+
+    runs.go_on(again)
+    assert again.step == run.step
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_a_healthy_run_is_never_said_to_collapse(method, seed, tmp_path, always, capsys):
+    run = short(method, tmp_path, on_collapse="stop", seed=seed)
+    loop.train(run)
+    assert run.step == run.steps == 40
+    found = verdicts(run)
+    assert len(found) >= 2
+    assert not {verdict for _, verdict in found} & {COLLAPSED, PARTLY}
+    assert "collapsed" not in capsys.readouterr().err
+
+
+def test_lines_of_a_run_of_two_views(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "SHARE", math.inf)
+    monkeypatch.setattr(health, "IMAGES", 16)
+    run = short("simclr", tmp_path)
+    loop.train(run)
+    written = lines(run)
+    looked = [line for line in written if "verdict" in line.get("health", {})]
+    for line in looked:
+        assert line["chance"] == pytest.approx(math.log(7))
+        told = line["health"]
+        assert told["alignment"] == pytest.approx(2 - 2 * told["positive_cosine"], rel=1e-3)
+        assert {"std", "rank", "uniformity", "cosine", "negative_cosine", "advice"} <= told.keys()
+    surveys = [line for line in written if "lidar" in line.get("health", {})]
+    assert [line["step"] for line in surveys] == [10, 20, 30, 40]
+    assert all(1 <= line["health"]["lidar"] <= run.objective.encoder.dim for line in surveys)
+
+
+def test_a_survey_is_the_same_however_the_images_come(tmp_path):
+    run = short("simclr", tmp_path)
+    whole = health.many_views(run, range(0, 40, 3))
+    assert whole.shape == (14, health.VIEWS, run.objective.encoder.dim)
+    assert not torch.equal(whole[:, 0], whole[:, 1])
+    run.part = 3
+    assert torch.allclose(health.many_views(run, range(0, 40, 3)), whole, atol=1e-5)
+
+
+def test_looking_changes_no_weight(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "IMAGES", 16)
+    ends = []
+    for share in (math.inf, 0.0):
+        monkeypatch.setattr(health, "SHARE", share or 1e-12)
+        run = short("simclr", tmp_path / str(share))
+        loop.train(run)
+        ends.append({name: tensor.clone() for name, tensor in run.objective.state_dict().items()})
+        assert len(verdicts(run)) == (2 if share else 1)  # the first look has no time of its own yet
+        assert run.objective.encoder.listener is None
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_look_that_was_dear_is_not_repeated_at_once(tmp_path, monkeypatch):
+    run = short("rotation", tmp_path)
+    watch = Watch()
+    watch.ring.add(torch.zeros(64, 3, 8, 8), drawn(64, 16).float())
+    clock = [100.0]
+    monkeypatch.setattr(health.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(health, "of_ring", lambda rows: clock.__setitem__(0, clock[0] + 1) or of_ring(rows))
+    assert watch.look(run, None, 0, {"loss": 1.0})["health"]["verdict"] == HEALTHY
+    clock[0] += 49
+    assert watch.look(run, None, 0, {"loss": 1.0}) == {}
+    clock[0] += 2
+    assert watch.look(run, None, 0, {"loss": 1.0})["chance"] == pytest.approx(math.log(4))
+
+
+def test_not_yet_learning_is_said_once_and_late(tmp_path, capsys):
+    run = short("rotation", tmp_path)
+    watch = Watch()
+    watch.verdict, watch.times, watch.since = NOT_YET, 5, 2
+    run.step = 3
+    assert not watch.ends(run)
+    assert capsys.readouterr().err == ""
+    run.step = 30
+    watch.ends(run)
+    watch.ends(run)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("warning: not yet learning: the loss is that of guessing") and "--lr 0.0003" in told[0]
+
+
+def test_what_a_method_is_judged_by(tmp_path):
+    assert health.chance_of(short("rotation", tmp_path / "r"), {"loss": 2.0}) == (2.0, pytest.approx(math.log(4)))
+    paint = short("inpainting", tmp_path / "i")
+    assert health.chance_of(paint, {"encoder.rec": 0.1, "encoder.blank": 0.4}) == (0.1, 0.4)
+    colour = short("colorization", tmp_path / "c")
+    assert health.chance_of(colour, {"loss": 3.0, "constant": 4.5}) == (3.0, 4.5)
+    assert health.chance_of(colour, {"loss": 3.0}) is None

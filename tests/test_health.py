@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sslpre.contract.single import start
 from sslpre.errors import SslpreError
@@ -21,6 +22,7 @@ from sslpre.ops.spectrum import DELTA, effective, lidar, rankme
 from sslpre.ops.sphere import alignment, mean_cosine, uniformity
 from sslpre.train import health, loop
 from sslpre.train.health import COLLAPSED, HEALTHY, NOT_YET, PARTLY, Ring, Watch, of_pairs, of_ring, unit, verdict_of
+from sslpre.views.build import centre
 
 
 def drawn(*shape, seed=0):
@@ -220,6 +222,35 @@ def test_looking_changes_no_weight(tmp_path, monkeypatch):
         assert len(verdicts(run)) == (2 if share else 1)  # the first look has no time of its own yet
         assert run.objective.encoder.listener is None
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_knn_of_an_encoder_that_knows_the_classes_and_of_one_that_does_not(tmp_path, monkeypatch):
+    run = start("rotation", tmp_path, count=60, train={"epochs": 1, "batch_size": 20, "monitor": "knn"})
+    labels = torch.from_numpy(run.stream.source.labels)
+    loop.train(run)
+    (told,) = [line["health"]["knn"] for line in lines(run) if "knn" in line.get("health", {})]
+    z, index = health.of_images(run, range(60), 1, lambda some: [centre(some.pixels, some.size, 32)])
+    assert index.tolist() == list(range(60))
+    x = F.normalize(z[:, 0], dim=1)
+    cosines = (x @ x.T).fill_diagonal_(-2)
+    closest, nearest = cosines.topk(20)
+    votes = torch.zeros(60, 10).scatter_add_(1, labels[nearest], (closest / 0.07).exp())
+    assert told == pytest.approx((votes.argmax(1) == labels).float().mean().item(), abs=1e-4)
+    monkeypatch.setattr(health, "encoded", lambda run, views: [F.one_hot(labels[:20], 96).float() for _ in views])
+    assert health.neighbours(run) == {"knn": 1.0}  # as every batch of 20 has two images of each class
+    monkeypatch.setattr(health, "encoded", lambda run, views: [torch.randn(len(views[0]), 96) for _ in views])
+    assert health.neighbours(run)["knn"] < 0.5
+
+
+def test_knn_needs_labels(tmp_path, run_cli):
+    for number in range(40):
+        Image.new("RGB", (40, 40), (number * 6, 0, 0)).save(tmp_path / f"{number}.png")
+    done = run_cli("pretrain", "simclr", str(tmp_path), "--monitor", "knn", "--out", str(tmp_path / "run"))
+    assert done.code == 4
+    assert done.err.splitlines()[-2:] == [
+        f"error: no labels to monitor with in `{tmp_path}`",
+        "hint: leave --monitor out",
+    ]
 
 
 def test_a_look_that_was_dear_is_not_repeated_at_once(tmp_path, monkeypatch):

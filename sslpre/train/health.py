@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,11 @@ from sslpre.errors import SslpreError
 from sslpre.ops import ranks
 from sslpre.ops.spectrum import lidar, rankme
 from sslpre.ops.sphere import alignment, mean_cosine, uniformity
+from sslpre.probe.knn import K, votes
 from sslpre.train import distributed
 from sslpre.train.progress import say
 from sslpre.train.step import half
+from sslpre.views.build import centre
 
 if TYPE_CHECKING:
     from sslpre.data.stream import Pixels
@@ -30,6 +32,7 @@ CODE = 11
 RING = 2048  # embeddings that are remembered
 PAIRS = 128  # images of a batch whose two views are compared
 IMAGES, VIEWS = 1000, 10  # of LiDAR
+LABELLED = 5000  # images that are classified by their neighbours
 SHARE = 0.02  # of a run's time that looking at it may take
 CERTAIN = 2  # looks in a row with the same verdict, before it is said and acted on
 LOOKS = 3  # the loss of so many is held against chance: that of one may be a little below it by luck
@@ -242,22 +245,51 @@ def two_views(run: Run, pixels: Pixels, epoch: int) -> tuple[Tensor, Tensor]:
 
 
 def many_views(run: Run, every: range) -> Tensor:
-    """Features [N, 10, D] of ten views, made as the recipe's first, of the images `every`; processes share them."""
+    """Features [N, 10, D] of ten views, made as the recipe's first, of the images `every`."""
     assert run.recipe.train.epochs != "auto"
-    own = every[distributed.part(len(every))]
-    batch = run.part or run.stream.batch_size // ranks.world()
-    found: list[Tensor] = []
-    for some in run.stream.in_order(slice(own.start, own.stop, own.step), batch):
+    epochs = run.recipe.train.epochs  # beyond those of training: none of its views is shown again
+
+    def make(some: Pixels) -> list[Tensor]:
         views: list[Tensor] = []
-        draws = run.recipe.train.epochs  # epochs that training has not: none of its views is shown again
         while len(views) < VIEWS:
-            made = run.views(some.pixels, some.size, some.index, draws)
+            made = run.views(some.pixels, some.size, some.index, epochs + len(views))
             views += [view for view in made if view.shape == made[0].shape]
-            draws += 1
-        found.append(torch.stack(encoded(run, views[:VIEWS]), 1))
-    width = run.objective.encoder.dim
-    rows = torch.cat(found) if found else torch.zeros(0, VIEWS, width, device=run.device)
-    return distributed.joined(rows, len(every))
+        return views[:VIEWS]
+
+    return of_images(run, every, VIEWS, make)[0]
+
+
+def of_images(run: Run, every: range, views: int, make: Callable[[Pixels], list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Features [N, views, D] of what `make` shows of the images `every`, and which images they are, int64 [N]: another
+    stands in for one that cannot be read. Processes share the work."""
+    own = every[distributed.part(len(every))]
+    rows = torch.zeros(len(own), views, run.objective.encoder.dim, device=run.device)
+    index = torch.zeros(len(own), dtype=torch.int64)
+    batch, at = run.part or run.stream.batch_size // ranks.world(), 0
+    for some in run.stream.in_order(slice(own.start, own.stop, own.step), batch) if len(own) else ():
+        part = slice(at, at + len(some.index))
+        rows[part], index[part] = torch.stack(encoded(run, make(some)), 1), some.index
+        at = part.stop
+    return distributed.joined(rows, len(every)), distributed.joined(index, len(every))
+
+
+@torch.no_grad()
+def neighbours(run: Run) -> dict[str, float]:
+    """knn: the share of up to 5,000 labelled training images that are of the class of their 20 nearest neighbours among
+    the others, by the output for their centre views. Nothing unless the recipe asks. Every process calls it.
+    """
+    if run.recipe.train.monitor != "knn":
+        return {}
+    side, source = run.recipe.encoder.image_size, run.stream.source
+    assert side != "auto"
+    every = range(0, len(source), -(-len(source) // LABELLED))
+    z, index = of_images(run, every, 1, lambda some: [centre(some.pixels, some.size, side)])
+    right = (index == torch.tensor(every)) & (torch.from_numpy(source.labels)[index] >= 0)
+    labels, z = torch.from_numpy(source.labels)[index[right]].to(z.device), z[right.to(z.device), 0]
+    if len(z) < 2 or not z.isfinite().all():
+        return {}
+    found = votes(z, labels, None, len(source.classes), [min(K, len(z) - 1)])[0]
+    return rounded({"knn": float((found == labels).float().mean())})
 
 
 def encoded(run: Run, views: list[Tensor]) -> list[Tensor]:

@@ -69,7 +69,7 @@ def write_metrics(
 
 
 def write_survey(run: Run, log: Log, watch: health.Watch, epoch: int) -> None:
-    figures = watch.survey(run)
+    figures = watch.survey(run) | health.neighbours(run)
     if figures:
         log.write({"step": run.step, "epoch": epoch, "health": figures})
 

@@ -377,6 +377,8 @@ def finish(run: loop.Run) -> Finished:
         f"done       {run.folder}: {run.step} steps in {duration(spent)}, {figures['images_per_s']:,.0f} images/s, "
         f"{figures['waiting']:.0%} of the time waiting for data"
     )
+    if run.verdict:
+        say(f"health     {run.verdict}")
     if run.passed_over:
         say(f"hint: {run.passed_over} steps were not finite and passed over; a lower --lr may do better")
     summary = {
@@ -384,6 +386,7 @@ def finish(run: loop.Run) -> Finished:
         "step": run.step,
         "finished": True,
         "passed_over": run.passed_over,
+        "verdict": run.verdict,
         **figures,
         "seconds": spent,
         "bad_images": run.stream.bad.count,

@@ -130,7 +130,7 @@ def test_verdicts():
     ]
 
 
-def toward(run, pixels):
+def black(run):
     """An encoder whose features are those of a black image, whatever it is shown."""
     encoder = run.objective.encoder
     encoder.prepare = types.MethodType(lambda self, x: torch.zeros_like(type(self).prepare(self, x)), encoder)
@@ -158,7 +158,7 @@ def short(method: str, folder: Path, **train) -> loop.Run:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_a_constant_encoder_has_collapsed_within_50_steps(method, tmp_path, always, capsys):
     run = short(method, tmp_path, on_collapse="stop")
-    toward(run, None)
+    black(run)
     with pytest.raises(SslpreError) as failed:
         loop.train(run)
     assert failed.value.code == 11
@@ -289,3 +289,32 @@ def test_what_a_method_is_judged_by(tmp_path):
     colour = short("colorization", tmp_path / "c")
     assert health.chance_of(colour, {"loss": 3.0, "constant": 4.5}) == (3.0, 4.5)
     assert health.chance_of(colour, {"loss": 3.0}) is None
+
+
+def in_a_pair(folder, dead):
+    """How a run of two processes ends, with every figure it can have; SHARE is put back for the tests after it."""
+    share, health.SHARE = health.SHARE, math.inf
+    try:
+        run = start(
+            "simclr",
+            Path(folder),
+            count=40,
+            train={"epochs": 3, "batch_size": 4, "on_collapse": "stop", "monitor": "knn"},
+        )
+        if dead:
+            black(run)
+        loop.train(run)
+        return run.step, 0
+    except SslpreError as error:
+        return run.step, error.code
+    finally:
+        health.SHARE = share
+
+
+def test_two_processes_survey_together_and_stop_together(tmp_path, pair):
+    assert pair.run(in_a_pair, str(tmp_path / "well"), False) == [(30, 0), (30, 0)]
+    told = [json.loads(line) for line in (tmp_path / "well" / "metrics.jsonl").read_text().splitlines()]
+    surveys = [line["health"] for line in told if "lidar" in line.get("health", {})]
+    assert len(surveys) == 3 and all(1 < one["lidar"] <= 96 and 0 <= one["knn"] <= 1 for one in surveys)
+    ended = pair.run(in_a_pair, str(tmp_path / "ill"), True)
+    assert ended[0] == ended[1] and ended[0][1] == 11

@@ -4,6 +4,8 @@ Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance D
 https://arxiv.org/abs/1805.01978, section 3.4; k and temperature as in DINO (Caron et al., 2021).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,12 +23,34 @@ def predict(
     labels: [N] in 0..classes-1. Similarity is the cosine, a vote weighs exp(similarity / temperature); k is at most N.
     Features are taken as they are, neither centred nor scaled. Equal votes go to the lower class.
     """
-    k = min(k, len(train))
-    bank = F.normalize(train, dim=1).T
-    answers = []
-    for part in F.normalize(test, dim=1).split(max(1, CHUNK // len(train))):
-        similarity, nearest = (part @ bank).topk(k, dim=1)
-        weight = ((similarity - 1) / temperature).exp()  # the constant factor keeps small temperatures finite
-        votes = weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight)
-        answers.append(votes.argmax(1))
-    return torch.cat(answers)
+    return votes(train, labels, test, classes, [k], temperature)[0]
+
+
+def votes(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor | None,
+    classes: int,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """As `predict`, for each k: [len(ks), T]. Without `test` every training image is classified by the others
+    (leave-one-out): [len(ks), N], k at most N − 1."""
+    bank = F.normalize(train, dim=1)
+    queries, answers, done = bank if test is None else F.normalize(test, dim=1), [], 0
+    most = min(max(ks), len(train) - (test is None))
+    for part in queries.split(max(1, CHUNK // len(train))):
+        similarity = part @ bank.T
+        if test is None:
+            rows = torch.arange(len(part), device=part.device)
+            similarity[rows, done + rows] = -torch.inf
+            done += len(part)
+        closest, nearest = similarity.topk(most, dim=1)
+        weight = ((closest - 1) / temperature).exp()  # the constant factor keeps small temperatures finite
+        answers.append(torch.stack([count(weight[:, :k], labels[nearest[:, :k]], classes) for k in ks]))
+    return torch.cat(answers, 1)
+
+
+def count(weight: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The class with the most votes, [B], of voters' weights and labels, [B, k] each."""
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight).argmax(1)

@@ -67,7 +67,8 @@ def compare(
             code = report.encoder_hash if weights == "encoder" else ""
             name = one.encoder.architecture if weights == "random weights" else str(one.path)
             points.append(Point(name, weights, align, uniform, report.last(weights).scores[question], code))
-    return Plane(tuple(points), question, reports[0], images, views), reports
+    notes = [f"{one.path}: {note}" for one, report in zip(candidates, reports, strict=True) for note in report.warnings]
+    return Plane(tuple(points), question, reports[0], images, views, tuple(notes)), reports
 
 
 def measured(

@@ -96,12 +96,13 @@ def reported(exam: Exam, size: int, before: str, warnings: list[str], pairs: boo
     rows = exam.rows(f"{wide}x{wide}")
     counted = judge.test if judge.kept is None else judge.test[judge.kept]
     majority = torch.bincount(judge.train, minlength=len(data.classes)).argmax()
+    majority_chance = (counted == majority).double().mean().item()
     train_images, test_images, split = len(judge.train), len(counted), data.split
     alone = None
     if judge.single is not None:
         labels = torch.cat([judge.train, judge.test])[judge.single]
         alone = Alone(len(labels), torch.bincount(labels).max().item() / len(labels))
-        if not (asked.linear or asked.finetune):
+        if exam.alone:
             train_images, test_images = len(labels) - 1, len(labels)
             split = f"each image of {data.train.where} by the others (leave-one-out)"
     found = exam.duplicates(pairs)
@@ -115,7 +116,7 @@ def reported(exam: Exam, size: int, before: str, warnings: list[str], pairs: boo
         unlabelled=data.unlabelled,
         split=split,
         uniform_chance=1 / len(data.classes),
-        majority_chance=(counted == majority).double().mean().item(),
+        majority_chance=alone.majority_chance if alone is not None and exam.alone else majority_chance,
         k=shown,
         temperature=TEMPERATURE,
         encoder_hash=before,

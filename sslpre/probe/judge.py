@@ -112,10 +112,11 @@ class Judge:
         return self.train.cpu().numpy()
 
     def scores(self, found: Sequence[Answers]) -> dict[Question, Score]:
-        """For each question the mean over sets of weights that gave the same features."""
+        """For each question the mean over sets of weights that gave the same features; of finetuning, whose draws each
+        have weights of their own, the first one's."""
         scores = {}
         for question in (question for question in self.asked.all if question in found[0].right):
-            right = torch.stack([one.right[question] for one in found])
+            right = torch.stack([one.right[question] for one in found if question in one.right])
             strengths = tuple(choice.strength for one in found for choice in one.choices.get(question, ()))
             counted = question.metric != "knn" or self.single is None
             whole = right.double().mean().item()

@@ -61,6 +61,7 @@ class Plane:
     report: Report
     images: int
     views: str
+    notes: tuple[str, ...] = ()  # of each encoder's report
 
     def json(self) -> dict[str, Any]:
         points = [
@@ -106,19 +107,20 @@ class Plane:
             f" unit sphere, less is better; views: {self.views}",
             f"accuracy: {question.words}, of the output; in brackets 95 % bootstrap intervals; random weights: the mean"
             " of 3 seeds; hash: the first digits of the encoder's",
-            *(
-                f"note: {warning}"
-                for warning in report.warnings
-                if "duplicate" in warning or "pixel for pixel" in warning
-            ),
+            *(f"note: {note}" for note in self.notes),
         ]
         below = [part for note in notes for part in textwrap.wrap(note, 80, subsequent_indent="  ")]
         return "\n".join([head, rule, *rows, rule, *below])
 
 
 def line(name: str, align: str, uniform: str, accuracy: str, code: str = "") -> str:
-    short = name if len(name) <= 26 else f"..{name[-24:]}"
-    return f"{printable(short):<27}{align:>9} {uniform:>10}  {accuracy:<20}  {code}".rstrip()
+    return f"{shortened(name):<28}{align:>9} {uniform:>10}  {accuracy:<20}  {code}".rstrip()
+
+
+def shortened(name: str) -> str:
+    """Of a long name the end."""
+    plain = printable(name)
+    return plain if len(plain) <= 27 else f"..{plain[-25:]}"
 
 
 def cell(score: Score) -> str:
@@ -206,6 +208,7 @@ def picture(plane: Plane, kind: str) -> bytes:
     library: Any = matplotlib()
     figure = library.figure.Figure(figsize=(8, 5.5), layout="constrained")
     axes, marks = figure.add_subplot(), None
+    axes.margins(0.15)
     accuracy = [100 * one.score.accuracy for one in plane.points]
     low, high = min(accuracy), max(accuracy)
     for weights, marker in MARKERS.items():
@@ -213,15 +216,14 @@ def picture(plane: Plane, kind: str) -> bytes:
         if some:
             x, y, c = zip(*((one.alignment, one.uniformity, 100 * one.score.accuracy) for one in some), strict=True)
             marks = axes.scatter(x, y, c=c, vmin=low, vmax=high, cmap="viridis", marker=marker, s=70, label=weights)
+    middle = sum(axes.get_xlim()) / 2
     for one in plane.points:
-        text = f"{printable(one.title)}  {100 * one.score.accuracy:.1f}"
-        axes.annotate(
-            text, (one.alignment, one.uniformity), (6, 4), textcoords="offset points", fontsize=8, parse_math=False
-        )
+        text, left = f"{shortened(one.title)}  {100 * one.score.accuracy:.1f}", one.alignment < middle
+        where = dict(textcoords="offset points", xytext=(7 if left else -7, 5), ha="left" if left else "right")
+        axes.annotate(text, (one.alignment, one.uniformity), fontsize=8, parse_math=False, **where)
     axes.set(xlabel="alignment (α = 2)", ylabel="uniformity (t = 2)")
-    axes.margins(0.15)
-    axes.legend(loc="best", fontsize=8)
-    axes.set_title(f"two views of {plane.images:,} images, less is better", fontsize=10)
+    axes.set_title(f"two views of {plane.images:,} images: less is better", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=len(MARKERS), fontsize=8)
     figure.colorbar(marks, label=f"accuracy in %, {plane.question.words}")
     data = io.BytesIO()
     with library.rc_context({"svg.hashsalt": "sslpre"}):

@@ -165,9 +165,9 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """Plain values. Accuracies are shares in [0, 1]."""
-        kept = ("rows", "best", "duplicates", "counts", "about")
+        kept = ("rows", "best", "duplicates", "counts", "about", "alone")
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in kept}
-        plain["alone"] = asdict(self.alone) if self.alone is not None else None
+        plain["leave_one_out"] = asdict(self.alone) if self.alone is not None else None
         keyed: dict[str, dict[Question, Any]] = {
             "best": self.best,
             "beats": self.beats(),

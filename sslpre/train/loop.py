@@ -18,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import changes, checkpoint, distributed, finite, health, memory, metrics, optim
+from sslpre.train import changes, checkpoint, distributed, finite, memory, metrics, optim, verdict
 from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
@@ -74,7 +74,7 @@ def train(run: Run) -> dict[str, float]:
     with (
         metrics.metrics_from(run.folder / "metrics.jsonl", run.step) as log,
         Display(run.steps, run.step) as display,
-        health.watching(run) as watch,
+        verdict.watching(run) as watch,
         interruptible() as stop,
         contextlib.closing(run.stream.steps(run.step, run.steps)) as batches,
     ):
@@ -83,7 +83,7 @@ def train(run: Run) -> dict[str, float]:
             if done == 0:
                 finite.settle(run)
                 start_epoch(run, epoch)
-                metrics.write_notes(run, log, epoch)
+                metrics.write_notes(run, log, watch, epoch)
             run.objective.train()
             take_step(run, pixels, epoch)
             meter.add(len(pixels.index) * ranks.world(), run.stream.waited)
@@ -98,14 +98,14 @@ def train(run: Run) -> dict[str, float]:
                 metrics.write_told(run, log)
             if log_now and run.summed:
                 metrics.write_metrics(run, log, display, meter, watch, pixels, epoch)
-            if done + 1 == an_epoch:
-                metrics.write_survey(run, log, watch, epoch)
             collapsed = bool(log_now) and watch.ends(run)
             if save_now or stop_now or collapsed:
-                save(run, meter, disk, patient=not stop_now)
+                save(run, meter, disk, patient=not (stop_now or collapsed))
                 saved_at = time.monotonic()
             if collapsed:
                 raise watch.stopped(run)
+            if done + 1 == an_epoch and not stop_now:
+                metrics.write_survey(run, log, watch, meter, epoch)
             if stop_now and run.step < run.steps:
                 raise Interrupted(max(distributed.collected([stop()])))
         see_it_saved(run, meter, disk, stop)

@@ -100,6 +100,8 @@ def go_on_with(folder: Path, options: Options, where: torch.device, hold: contex
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
     run.guard = guard
     distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
+    if distributed.first() and recipe != recipes.load(str(folder / "recipe.toml")):  # what was said anew can be done
+        write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     distributed.from_first(lambda: tidy(run))
     parts_anew = said(options).get("train", {}).get("micro_batch") is not None
     distributed.alike(lambda: go_on(run, parts_anew, options.data_changed))
@@ -135,8 +137,6 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
     anew = {table: {k: typed[table][k] for k in keys if k in typed.get(table, {})} for table, keys in FREE.items()}
     if any(anew.values()):
         recipe = recipe.edit(**anew)
-        if distributed.first():
-            write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     return recipe
 
 

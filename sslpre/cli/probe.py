@@ -61,14 +61,8 @@ def probe(
     if not any(metrics.values()):
         metrics |= {"linear": True, "knn": plane is None}
     asked: dict[str, Any] = {**metrics, "shares": shares_of(labels, metrics), "ks": ks_of(k, metrics), "pairs": pairs}
-    words = {"RUN": "" if "" in (targets or ()) else targets, "--data": data, "--plane": plane}
-    not_empty(words, "sslpre probe runs/simclr-1 --data ./labelled")
     refuse(targets or [], pairs, as_json, as_csv, plane)
-    paths = [locate(target) for target in targets or (None,)]
-    if data is not None:
-        check_folder(data)
-    for path in paths if data is None else ():
-        needs_images(path)
+    paths = located(targets, data, plane)
 
     from sslpre.train.device import pick
 
@@ -160,6 +154,18 @@ def needs_images(path: Path) -> None:
         open_encoder(path)
     hint = f"sslpre probe {shlex.quote(str(path))} --data ./labelled"
     raise SslpreError(f"`{path}` does not say which images to probe with", hint)
+
+
+def located(targets: list[str] | None, data: str | None, plane: str | None) -> list[Path]:
+    """Runs and encoders, all there and with images to probe with. Raises SslpreError as `locate` and `needs_images`."""
+    words = {"RUN": "" if "" in (targets or ()) else targets, "--data": data, "--plane": plane}
+    not_empty(words, "sslpre probe runs/simclr-1 --data ./labelled")
+    paths = [locate(target) for target in targets or (None,)]
+    if data is not None:
+        check_folder(data)
+    for path in paths if data is None else ():
+        needs_images(path)
+    return paths
 
 
 def locate(target: str | None) -> Path:

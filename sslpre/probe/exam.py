@@ -68,8 +68,8 @@ class Exam:
         """Read and judge all rows of these weights; the first time raw pixels too."""
         images = sum(len(part.stream.source) for part in self.parts)
         only_raw = not (self.asked.linear or self.asked.knn)
-        parts = [[(one, ())] for _, one in candidates[:1]] if only_raw else []
-        for wanted in parts or readings([one for _, one in candidates], self.plan, images, FEATURES):
+        nothing: list[list[Reading]] = [[(one, ())] for _, one in candidates[:1]] if only_raw else []
+        for wanted in nothing or readings([one for _, one in candidates], self.plan, images, FEATURES):
             names = [next(name for name, one in candidates if one is encoder) for encoder, _ in wanted]
             which = "" if only_raw else f" with the weights of: {', '.join(dict.fromkeys(names))}"
             self.say(f"{'reading' if only_raw else 'encoding'} {images:,} images{which}")

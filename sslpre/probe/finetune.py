@@ -52,18 +52,21 @@ class Tuning:
         if not len(held):
             return rates[1]
         rest = replace(self, views=self.views[fit], labels=self.labels[fit.to(self.labels.device)])
-        truth, tried = self.labels[held.to(self.labels.device)], {}
+        truth, tried, head = self.labels[held.to(self.labels.device)], {}, rest.head(encoder)
         for rate in rates:
-            logits = rest.trained(encoder, rate, 0).logits(self.views[held])
+            logits = rest.trained(encoder, rate, 0, head).logits(self.views[held])
             worth = (logits.argmax(1) == truth).float().mean().item(), -F.cross_entropy(logits, truth).item()
             tried[rate] = worth if logits.isfinite().all() else (-1.0, 0.0)
         return max(tried, key=tried.__getitem__)
 
-    def trained(self, encoder: Encoder, rate: float, number: int) -> Tuned:
-        """A copy of `encoder`, in evaluation mode again. What is random follows from the seed and this number."""
-        network = copy.deepcopy(encoder).eval()
-        fit, _ = search(encoded(network, self.views), self.labels, self.classes, self.seed)
-        tuned = Tuned(network, Head(fit))
+    def head(self, encoder: Encoder) -> Linear:
+        """The linear probe of what `encoder`, in evaluation mode, makes of these images."""
+        return search(encoded(encoder, self.views), self.labels, self.classes, self.seed)[0]
+
+    def trained(self, encoder: Encoder, rate: float, number: int, head: Linear | None = None) -> Tuned:
+        """A copy of `encoder`, in evaluation mode as that is. head: its linear probe, fitted if none is given. What is
+        random follows from the seed and this number."""
+        tuned = Tuned(copy.deepcopy(encoder), Head(head or self.head(encoder)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + number)  # for what the network draws itself, such as dropout
             train(tuned, self.views, self.labels, rate, self.seed + number)

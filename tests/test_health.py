@@ -88,7 +88,7 @@ def test_an_effective_rank_is_between_one_and_all(values):
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=8))
+@given(st.lists(st.integers(1, health.RING), min_size=1, max_size=8))
 def test_the_ring_holds_the_last_ones(sizes):
     ring, numbers = Ring(), []
     for size in sizes:

@@ -34,6 +34,7 @@ WALLS = {
     "plugins": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "contract": ("cli", "probe", "export"),
     "bench": ("cli", "probe", "export", "methods", "contract"),
+    "check": ("cli", "probe", "export", "methods", "contract", "preview"),
     "preview": ("cli", "probe", "export", "bench", "contract"),
     "ops": ("train", "recipe", "data", "cli", "probe", "export", "methods", "objective", "encoder", "views"),
     "errors": ("train", "recipe", "data", "cli", "probe", "export", "methods"),

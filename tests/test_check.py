@@ -110,7 +110,8 @@ def test_a_table_of_80_columns_in_which_no_name_speaks_to_the_terminal(odd):
     lines = table(odd).splitlines()
     assert max(len(line) for line in lines if not line.startswith(("  >", "  sslpre"))) <= 80
     assert all(line.isprintable() for line in lines)
-    assert lines[-1] == "not ready: 1 thing would stop a run, see above"
+    assert lines[-1].startswith("  sslpre pretrain simclr odd --max-bad 0.")
+    assert f"not ready: {len(odd.files.bad)} of {len(odd.found.train)} images to train on are bad" in table(odd)
     assert any(line.endswith("--json names all") for line in lines)
 
 
@@ -183,7 +184,7 @@ def test_an_empty_folder(run_cli, unmeasured, tmp_path):
     assert told["machine"]["cores"] >= 1
     done = run_cli("check", "none", "--device", "cpu")
     assert done.code == 4
-    assert done.out.splitlines()[-1] == "not ready: 1 thing would stop a run, see above"
+    assert "not ready: the folder `none` is empty: sslpre reads bmp," in done.out
 
 
 def test_too_few_images(run_cli, unmeasured, tmp_path, photos):

@@ -33,7 +33,7 @@ WALLS = {
     "shelf": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "plugins": ("train", "recipe", "data", "cli", "probe", "export", "methods"),
     "contract": ("cli", "probe", "export"),
-    "bench": ("cli", "probe", "export", "methods", "contract"),
+    "bench": ("cli", "probe", "export", "methods", "contract", "check"),
     "check": ("cli", "probe", "export", "methods", "contract", "preview"),
     "preview": ("cli", "probe", "export", "bench", "contract"),
     "ops": ("train", "recipe", "data", "cli", "probe", "export", "methods", "objective", "encoder", "views"),

@@ -77,6 +77,8 @@ def survey(found: Found, workers: int, busy: Callable[[str], None] = lambda what
     files.looked = len(in_threads(every, lambda rows: read_headers(files, rows), workers, HEADERS))
     busy("every image, which is decoded once")
     files.decoded = in_threads(every, lambda rows: decode_some(files, rows), workers, DECODING, MOST)
+    for number in files.bad:
+        files.headers.pop(number, None)
     busy("files that are alike")
     sizes = np.concatenate([source.sizes for source in sources])
     alike = every[np.isin(sizes, repeated(sizes))]

@@ -11,6 +11,7 @@ import numpy as np
 
 from sslpre.check.copies import Copies
 from sslpre.check.files import Files
+from sslpre.train.plan import FEWEST
 
 if TYPE_CHECKING:
     from sslpre.check.choice import Choice
@@ -104,7 +105,7 @@ def bad(files: Files, typed: Typed, max_bad: float) -> list[Finding]:
 
 
 def few(files: Files, typed: Typed, choice: Choice | None) -> list[Finding]:
-    if files.train >= FEW or (choice is not None and choice.init):
+    if not FEWEST <= files.train < FEW or (choice is not None and choice.init):
         return []
     text = (
         f"{count(files.train, 'image')} to train on are few: begun with random weights, a run wants {FEW:,} or more "
@@ -132,7 +133,10 @@ def leaks(files: Files, twice: Copies) -> list[Finding]:
         found.append(Finding("leaked, nearly", ADVICE, text, groups=grouped(files, twice.like_leaked)))
     if twice.torn:
         inside = sum(map(len, twice.torn))
-        text = f"{inside:,} files, equal in {count(len(twice.torn), 'group')}, lie in folders of different classes"
+        text = (
+            f"{inside:,} files of the same bytes, in {count(len(twice.torn), 'group')}, lie in folders of different "
+            "classes: their labels contradict each other"
+        )
         found.append(Finding("several labels", ADVICE, text, groups=grouped(files, twice.torn)))
     return found
 
@@ -166,7 +170,7 @@ def mixed(files: Files, typed: Typed) -> list[Finding]:
     rare, what = (grey, "grey") if len(grey) <= len(colour) else (colour, "coloured")
     other = "others in colour" if what == "grey" else "others grey"
     text = f"{len(rare):,} of {len(seen):,} images are {what}, the {other}: that alone tells them apart"
-    text += "; without colour they are alike"
+    text += "; to take the colour away:"
     lines = (typed.pretrain("--set views.0.gray=1"),)
     return [Finding("grey and colour", ADVICE, text, lines, images=named(files, rare))]
 

@@ -15,7 +15,7 @@ SHARED = 1 << 30  # bytes of /dev/shm that several GPUs of a machine talk over
 
 def stopped(error: SslpreError) -> Finding:
     """What a run would end with before its first step. The machine's failures are exit 3 here, memory among them."""
-    command = error.hint.startswith("sslpre ")
+    command = error.hint.startswith("sslpre pretrain ")
     text = f"{error.message}: {error.hint}" if error.hint and not command else error.message
     return Finding("run", STOPS, text, (error.hint,) if command else (), 3 if error.code == 12 else error.code)
 
@@ -47,7 +47,7 @@ def about_machine(here: Machine, typed: Typed, jpegs: bool) -> list[Finding]:
 def about_run(choice: Choice, here: Machine, typed: Typed) -> list[Finding]:
     found = []
     free = here.runs.free
-    if free is not None and choice.disk > free:
+    if free is not None and choice.disk > free and not here.runs.lacking:
         text = f"a run's directory takes up to {amount(choice.disk)}, and `{here.runs.at}` has {amount(free)} free"
         found.append(Finding("disk", STOPS, text, (typed.pretrain("--out /a/larger/disk/run-1"),), 3))
     if choice.store == "off" and choice.epochs > 1:

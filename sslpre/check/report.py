@@ -25,6 +25,8 @@ from sslpre.errors import SslpreError
 from sslpre.train import memory
 from sslpre.train.run import Options, planned, wish
 
+QUANTILES = (0, 0.05, 0.5, 0.95, 1)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -51,7 +53,8 @@ class Report:
     @property
     def verdict(self) -> str:
         if self.stops:
-            return f"not ready: {count(len(self.stops), 'thing')} would stop a run, see above"
+            more = f" (and {count(len(self.stops) - 1, 'other thing')}, see above)" if len(self.stops) > 1 else ""
+            return f"not ready: {self.stops[0].text}{more}"
         advice = sum(one.level != "note" for one in self.findings)
         more = f", with {count(advice, 'thing')} to think about first" if advice else ""
         return f"ready{more}: {self.typed.pretrain()}"
@@ -143,6 +146,7 @@ def images(found: Found, files: Files) -> dict[str, Any]:
         "count": files.train,
         "test": {"where": found.test.where, "count": len(found.test)} if found.test is not None else None,
         "note": found.note,
+        "passed_over": found.passed_over,
         "left_alone": dict(sorted(found.skipped.items())),
         "bytes": int(sum(source.sizes.sum() for source in files.sources)),
         "headers": files.looked,
@@ -152,7 +156,7 @@ def images(found: Found, files: Files) -> dict[str, Any]:
         "modes": tally(one.mode for one in seen),
         "bits": tally(str(one.bits) for one in seen),
         "turns": tally(str(one.turn) for one in seen),
-        "short_side": {str(q): float(np.quantile(shorter, q)) for q in (0, 0.05, 0.5, 0.95, 1)} if seen else {},
+        "short_side": {str(q): int(np.quantile(shorter, q, method="lower")) for q in QUANTILES} if seen else {},
         "smallest": list(sides[0]) if sides else None,
         "largest": list(sides[-1]) if sides else None,
         "sizes": len(set(sides)),

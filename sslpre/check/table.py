@@ -30,9 +30,13 @@ def table(report: Report) -> str:
         some = [one for one in report.findings if one.level == level]
         if some:
             lines += ["", head, *(line for one in some for line in finding(one, below))]
-    verdict, _, command = report.verdict.partition(": sslpre ")
-    lines += ["", *([f"{verdict}:", f"  sslpre {command}"] if command else [verdict])]
-    return "\n".join(map(printable, lines))  # the folder, too, may be called anything
+    if report.stops:
+        lines += ["", *textwrap.wrap(report.verdict, WIDTH, break_on_hyphens=False)]
+        lines += [f"  {line}" for line in report.stops[0].type]
+    else:
+        verdict, _, command = report.verdict.partition(": ")
+        lines += ["", f"{verdict}:", f"  {command}"]
+    return "\n".join(map(printable, lines)).removeprefix("\n")  # the folder, too, may be called anything
 
 
 def row(label: str, text: str) -> list[str]:
@@ -46,6 +50,7 @@ def about_images(told: dict[str, Any]) -> list[str]:
     lines = row("images", f"{told['where']}: {told['count']:,} to train on, {amount(told['bytes'])} in all")
     if test is not None:
         lines += row("", f"{test['where']}: {test['count']:,}, left for probe")
+        lines += row("", told["passed_over"])
     elif told["note"]:
         lines += row("", told["note"])
     if told["left_alone"]:
@@ -69,7 +74,11 @@ def about_images(told: dict[str, Any]) -> list[str]:
         lines += row("compared", f"the bytes of {told['compared']:,} of {every:,} files")
     sizes = list(told["classes"].values())
     if sizes:
-        spread = count(min(sizes), "image") if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,} images"
+        spread = (
+            f"{count(min(sizes), 'image')} each"
+            if min(sizes) == max(sizes)
+            else f"{min(sizes):,} to {max(sizes):,} images"
+        )
         rest = f"; {count(told['unlabelled'], 'image')} in none" if told["unlabelled"] else ""
         lines += row("classes", f"{count(len(sizes), 'folder')} of {spread}: {listed(list(told['classes']))}{rest}")
     return lines
@@ -96,10 +105,10 @@ def about_machine(here: Machine) -> list[str]:
         lines += row("device", gpu + (f"; {len(here.gpus)} GPUs" if len(here.gpus) > 1 else ""))
     else:
         lines += row("device", f"{here.device}, no GPU; bf16 {native}" if here.kind == "cpu" else here.device)
-    memory = [count(here.cores, "core")]
-    memory += [f"{amount(here.free)} of {amount(here.memory)} RAM free"] if here.free and here.memory else []
+    lines += row("cores", f"{here.cores:,}")
+    memory = [f"{amount(here.free)} of {amount(here.memory)} RAM free"] if here.free and here.memory else []
     memory += [f"/dev/shm {amount(here.shared)} free (one process needs none)"] if here.shared is not None else []
-    lines += row("", "; ".join(memory))
+    lines += row("memory", "; ".join(memory))
     lines += row(
         "decoder", f"simplejpeg {here.simplejpeg}" if here.simplejpeg else "Pillow alone, simplejpeg is not there"
     )
@@ -139,11 +148,12 @@ def finding(one: Finding, below: str) -> list[str]:
     lines = textwrap.wrap(one.text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     reasons = one.reasons or [""] * len(one.images)
     examples = [
-        short(name.removeprefix(below) + (f": {why}" if why else ""), WIDTH - 4)
+        short(f"`{name.removeprefix(below)}`" + (f": {why}" if why else ""), WIDTH - 4)
         for name, why in zip(one.images, reasons, strict=True)
     ]
     examples += [
-        " = ".join(short(name.removeprefix(below), 34) for name in group[:2]) + more(group, 2) for group in one.groups
+        " = ".join(f"`{short(name.removeprefix(below), 32)}`" for name in group[:2]) + more(group, 2)
+        for group in one.groups
     ]
     lines += [f"    {example}" for example in examples[:SHOWN]]
     if len(examples) > SHOWN:

@@ -25,9 +25,9 @@ def check(
 ) -> None:
     """Look at images and machine before hours are spent.
 
-    Bad files, sizes, copies, classes, disks; what pretrain would choose, how
-    long it would take here, by some steps of it; and when not to pretrain.
-    Exit 4 or 3 where images or machine would stop a run.
+    Bad files, sizes, copies, classes, disks; what pretrain would choose and how
+    long it would take, by some steps of it; when not to pretrain. Where a run
+    would be stopped, the exit code is 4 (images) or 3 (machine).
 
     \b
       sslpre check ./images

@@ -21,23 +21,30 @@ from sslpre.ops.duplicates import perceptual
 
 HEADERS, DECODING, COMPARING = 15.0, 30.0, 15.0  # seconds at most for each pass over the images
 MOST = 20_000  # images decoded at most: enough to know what is usual
-PART = 32  # images of a task
+EVERY = 1 << 19  # files looked at at most: more than the time is enough for
+PART = 16  # images of a task: between two the clock is looked at
 SIDE = 64  # of the canvas that images are compared on
+BLANK = 2  # levels of 255 by which a single colour may vary
 ENDS = 1 << 16  # bytes at each end of a file that tell it from another of the same length, mostly
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass
 class Files:
-    """Images by number: those for training first, then those for testing. headers: of those looked at and whole; bad:
-    why; hashes: perceptual; shown: the hashed that show enough to be compared; peaks: the brightest value of those with
-    more than 8 bits, as decoded; digests: of the bytes of files as long as another one; decoded: those tried."""
+    """Images by number: those for training first, then those for testing.
+
+    headers: of those looked at that are whole; bad: why; hashes: perceptual; shown: the hashed that show enough to be
+    compared; blank: those of one colour; peaks: the brightest value of those with more than 8 bits, as decoded;
+    digests: of the bytes of files as long as another one; looked, compared: how many headers were read, and files told
+    apart by their bytes; decoded: those tried.
+    """
 
     sources: list[Folder]
     headers: dict[int, Header] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     hashes: dict[int, int] = field(default_factory=dict)
     shown: set[int] = field(default_factory=set)
+    blank: set[int] = field(default_factory=set)
     peaks: dict[int, int] = field(default_factory=dict)
     digests: dict[int, bytes] = field(default_factory=dict)
     looked: int = 0
@@ -100,7 +107,7 @@ def spread(count: int) -> np.ndarray:
 
 
 def in_threads(
-    rows: np.ndarray, do: Callable[[Sequence[int]], None], workers: int, seconds: float, most: int | None = None
+    rows: np.ndarray, do: Callable[[Sequence[int]], None], workers: int, seconds: float, most: int = EVERY
 ) -> list[int]:
     """`do` with some rows at a time, spread evenly, until all were done, or `most`, or the time is over; the rows done.
 
@@ -148,7 +155,10 @@ def decode_some(files: Files, rows: Sequence[int]) -> None:
         about = files.headers.get(number)
         if about is not None and about.bits > 8:
             files.peaks[number] = int(image.max())
-        canvases.append(to_canvas(image, SIDE))
+        canvas = to_canvas(image, SIDE)
+        if int(np.ptp(canvas, axis=(0, 1)).max()) <= BLANK:
+            files.blank.add(number)
+        canvases.append(canvas)
         kept.append(number)
     if kept:
         hashes, shown = perceptual(torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2))

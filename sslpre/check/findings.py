@@ -112,7 +112,8 @@ def few(files: Files, typed: Typed, choice: Choice | None) -> list[Finding]:
         "(simclr on 1,192 photos did not beat raw pixels by nearest neighbours); begin with pretrained weights, and "
         "let probe hold the run against its start"
     )
-    lines = (typed.pretrain("--init pretrained --backbone resnet18", "simclr"), "sslpre probe --linear")
+    judge = "sslpre probe --linear" if files.sources[0].classes else "sslpre probe --data ./labelled --linear"
+    lines = (typed.pretrain("--init pretrained --backbone resnet18", "simclr"), judge)
     return [Finding("few images", ADVICE, text, lines)]
 
 
@@ -232,12 +233,16 @@ def deep(files: Files) -> list[Finding]:
 
 
 def flat(files: Files) -> list[Finding]:
-    empty = sorted(set(files.hashes) - files.shown)
-    if not empty:
-        return []
-    many = len(empty) > 0.01 * len(files.hashes)
-    text = f"{count(len(empty), 'image shows', 'images show')} a single colour, of which nothing can be learned"
-    return [Finding("empty", ADVICE if many else NOTE, text, images=named(files, empty))]
+    """Images of one colour, and those too even for a perceptual hash."""
+    found, even = [], sorted(set(files.hashes) - files.shown - files.blank)
+    if files.blank:
+        many = len(files.blank) > 0.01 * len(files.hashes)
+        text = f"{count(len(files.blank), 'image shows', 'images show')} a single colour, of which nothing is learned"
+        found.append(Finding("blank", ADVICE if many else NOTE, text, images=named(files, sorted(files.blank))))
+    if even:
+        text = f"{count(len(even), 'image is', 'images are')} too even to be told from others by look: only by bytes"
+        found.append(Finding("even", NOTE, text, images=named(files, even)))
+    return found
 
 
 def turned(files: Files) -> list[Finding]:

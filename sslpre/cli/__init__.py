@@ -12,6 +12,7 @@ import typer
 from sslpre import __version__, signals
 from sslpre.cli import (
     bench,
+    check,
     embed,
     export,
     hearers,
@@ -48,6 +49,7 @@ verbs = (
     preview.preview,
     replay.replay,
     bench.bench,
+    check.check,
     recipes.recipes,
 )
 for verb in verbs:

@@ -224,10 +224,16 @@ def start(options: Options, where: torch.device, hold: contextlib.ExitStack) -> 
         raise
 
 
-def planned(options: Options, where: torch.device) -> tuple[Recipe, Found, starts.Start | None, Recipe]:
-    """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced."""
+def planned(
+    options: Options, where: torch.device, found: Found | None = None
+) -> tuple[Recipe, Found, starts.Start | None, Recipe]:
+    """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced.
+
+    found: the images, where they were looked for already.
+    """
     wanted = wish(options)
-    found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
+    if found is None:
+        found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
     begun = (
         starts.read(wanted.encoder.init, wanted.encoder.backbone, wanted.encoder.stem) if wanted.encoder.init else None
     )

@@ -679,11 +679,15 @@ def short(monkeypatch):
     monkeypatch.setattr(linear, "STRENGTHS", (1.0,))
 
 
-def test_finetuning_leaves_the_encoder_as_it_was(short, tiny):
+def test_finetuning_leaves_the_encoder_as_it_was(short, tiny, monkeypatch):
     network = tiny
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     before, grads = torch.get_rng_state(), [p.requires_grad for p in network.parameters()]
     train, test = Pictures(np.arange(40) % 2, 0.4), Pictures(np.arange(20) % 2, 0.4, seed=1)
+    trained_on, views = [], probing.Exam.views
+    monkeypatch.setattr(
+        probing.Exam, "views", lambda exam, index: trained_on.append(tuple(index.tolist())) or views(exam, index)
+    )
     arguments = dict(linear=False, knn=False, finetune=True, start=copy.deepcopy(tiny), shares=(50, 100))
     report = run(network, train, test, **arguments)
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items()), "BatchNorm's too"
@@ -696,6 +700,8 @@ def test_finetuning_leaves_the_encoder_as_it_was(short, tiny):
         ("random weights", "output"),
         ("raw pixels", "16x16"),
     ]
+    assert trained_on[:5] == trained_on[5:10] == trained_on[10:15] and len(set(trained_on[:5])) == 5, "one draw each"
+    assert [len(rows) for rows in trained_on] == [20] * 15 + [40] * 5
     draws = [[one.draws for one in row.scores.values()] for row in report.rows]
     assert draws == [[5, 1], [5, 1], [5, 3], [5, 1]], "random weights: of every seed one at least"
     assert report.rows[0].scores == report.rows[1].scores, "the same weights, the same batches"

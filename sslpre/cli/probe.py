@@ -36,7 +36,7 @@ def probe(
     labels: Annotated[str | None, flag("--labels", "1%,10%,100%", "Share of the labels, 5 draws each.  [100%]")] = None,
     k: Annotated[str | None, flag("--k", "1,5,20,200", "Neighbours for --knn.  [20]")] = None,
     pairs: Annotated[bool, typer.Option("--list-duplicates", help="Name images that are there twice.")] = False,
-    plane: Annotated[str | None, flag("--plane", "FILE", "Encoders by alignment: .svg .png .csv")] = None,
+    plane: Annotated[str | None, flag("--plane", "FILE", "Several encoders: .svg .png .csv")] = None,
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Share of bad images allowed.  [the run's]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
@@ -45,7 +45,7 @@ def probe(
 ) -> None:
     """Measure how good a frozen encoder is on labelled images.
 
-    Beside it: random weights, raw pixels, chance. No metric: --linear and --knn.
+    Beside it random weights, raw pixels, chance. No metric: --linear --knn.
 
     RUN is a path or a name under runs/ [the newest]; ENCODER is what `sslpre export` wrote. Labels are folder names:
     IMAGES/cat/1.jpg, or IMAGES/train/cat/1.jpg and IMAGES/test/cat/2.jpg.

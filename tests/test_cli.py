@@ -14,7 +14,7 @@ from sslpre.cli.words import number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.shelf import names
 
-VERBS = ("pretrain probe export embed near import pack bench check preview replay recipes").split()
+VERBS = ("pretrain probe export embed near import pack bench check preview report replay recipes").split()
 NEAR = "sslpre pretrain simclr ./images"
 
 

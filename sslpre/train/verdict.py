@@ -211,6 +211,11 @@ def verdict_of(watch: Watch, rows: int, dim: int) -> str:
     return HEALTHY if not watch.ratios or min(watch.ratios) < LEARNED else NOT_YET
 
 
+def of_features(figures: Mapping[str, float], rows: int, dim: int) -> str:
+    """The verdict on features alone, where nothing is known of the loss or of what was before."""
+    return verdict_of(Watch(told=dict(figures), first={"std": figures["std"]}), rows, dim)
+
+
 def fallen(std: float, first: float) -> str:
     """What a spread says that was `first` at the first look. Features of untrained networks may differ little, by 0.02
     in some without normalisation: that alone is no collapse."""

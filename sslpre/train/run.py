@@ -136,9 +136,7 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
         refuse_other(recipe, wish(options, recipe.encoder.init), folder)
     typed = said(options)
     anew = {table: {k: typed[table][k] for k in keys if k in typed.get(table, {})} for table, keys in FREE.items()}
-    if any(anew.values()):
-        recipe = recipe.edit(**anew)
-    return recipe
+    return recipe.edit(**anew) if any(anew.values()) else recipe
 
 
 def wanted_store(options: Options) -> str | None:

@@ -99,7 +99,7 @@ def bad(files: Files, typed: Typed, max_bad: float) -> list[Finding]:
         needed = min(1.0, math.ceil(1000 * share * (1 if whole else 1.2)) / 1000)
         lines = (typed.pretrain(f"--max-bad {needed:g}"),)
         return [Finding("bad images", STOPS, f"{text}; remove them, or allow them", lines, 4, told, reasons)]
-    text += f", {share:.2%} of those to train on" if train else ", none of them to train on"
+    text += f", {100 * share:.2g} % of those to train on" if train else ", none of them to train on"
     text += "; a run names them and takes neighbours in their place"
     return [Finding("bad images", ADVICE, text, images=told, reasons=reasons)]
 

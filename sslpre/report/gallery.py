@@ -182,7 +182,7 @@ def laid_out(x: Tensor, spread: bool) -> tuple[np.ndarray, str]:
     """Points [N, 2] in [0, 1], and what the axes are."""
     reducer = umap() if spread and len(x) > 15 else None
     if reducer is not None and bool((x - x[0]).abs().max() > 1e-4):
-        points = reducer.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())
+        points = reducer(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())
         return unit_square(torch.from_numpy(np.asarray(points)).double()), "UMAP of the cosines"
     points, share = principal(x)
     return unit_square(points), f"PCA: the first two directions, which hold {share:.0%} of the variance"
@@ -190,10 +190,10 @@ def laid_out(x: Tensor, spread: bool) -> tuple[np.ndarray, str]:
 
 def umap() -> Any:
     try:
-        import umap
+        from umap import UMAP
     except ImportError:
         return None
-    return umap
+    return UMAP
 
 
 def principal(x: Tensor) -> tuple[Tensor, float]:

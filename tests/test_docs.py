@@ -103,7 +103,7 @@ def test_ci_runs_the_readmes_test_command():
 def test_ci_stops_where_something_fails(tmp_path, fails, code, after):
     """The script with commands that only say what they were called with, one of which fails."""
     failing, _, status = fails.partition(" ")
-    for name in ("pip", "pytest", "ruff", "mypy", "python"):
+    for name in ("pip", "pytest", "ruff", "mypy", "python", "chromium", "chromedriver"):
         lines = ["#!/bin/sh", f'echo "$(basename "$0") $*" | sed "s/ *$//" >> "{tmp_path}/calls"']
         if name == "python":  # stands for `python -m venv FOLDER`
             lines = ["#!/bin/sh", 'mkdir -p "$3/bin" && : > "$3/bin/activate"']

@@ -110,7 +110,9 @@ def test_what_the_wheel_holds(wheel):
         about = Parser().parsestr(archive.read(metadata).decode())
         assert "sslpre = sslpre.cli:main" in archive.read(entries).decode()
     inside = {name for name in held if ".dist-info/" not in name}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "sslpre").rglob("*.py")}
+    sources = {
+        str(path.relative_to(ROOT)) for kind in ("py", "js", "css") for path in (ROOT / "sslpre").rglob(f"*.{kind}")
+    }
     assert inside == sources | {"sslpre/py.typed"} | {f"sslpre/recipes/{name}.toml" for name in RECIPES}
     assert about["Version"] == __version__
     assert about["Requires-Python"] == ">=3.11"
@@ -125,7 +127,7 @@ def test_every_folder_is_packed():
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    called = {"PIL": "pillow"}
+    called = {"PIL": "pillow", "umap": "umap-learn"}
     found = set()
     tests = {re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["project"]["optional-dependencies"]["test"]}
     for path in (ROOT / "sslpre").rglob("*.py"):

@@ -24,6 +24,7 @@ from sslpre.cli import (
     processes,
     recipes,
     replay,
+    report,
 )
 from sslpre.cli.mistakes import UsageError, first_plain, in_our_words, interrupted, surprise
 from sslpre.cli.words import Command, Group
@@ -46,6 +47,7 @@ verbs = (
     import_.import_,
     pack.pack,
     preview.preview,
+    report.report,
     replay.replay,
     bench.bench,
     recipes.recipes,

@@ -96,6 +96,7 @@ def start(
 
     import json
 
+    from sslpre.report.live import Live
     from sslpre.train.run import Options, pretrain
 
     overrides: dict[str, dict[str, Any]] = {}
@@ -104,7 +105,9 @@ def start(
         overrides.setdefault(table, {})[key] = value
     images, out = (None if words[name] is None else Path(words[name]) for name in ("IMAGES", "--out"))
     settings = tuple(words["--set"] or ())
-    finished = pretrain(Options(words["RECIPE"], images, settings, overrides, out, resume, **machine))
+    finished = pretrain(
+        Options(words["RECIPE"], images, settings, overrides, out, resume, onlookers=(Live(),), **machine)
+    )
     summary = dict(finished.summary)
     if not summary:  # the first of several processes says the rest
         return

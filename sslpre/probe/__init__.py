@@ -72,6 +72,7 @@ def probe(
     workers: int | None = None,
     max_bad: float = 0.01,
     pretrained_on: str = "",
+    stages: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Probe every stage of `encoder` and its output on `train` and `test`; without `test`, on a seeded stratified fifth
@@ -81,8 +82,8 @@ def probe(
     start: the weights that training began with, where those were not random; they get rows of their own.
     workers: decoding threads, None for one per core. seed: of the splits, the random weights (seed + 1 to seed + 3) and
     the bootstrap. pretrained_on: fingerprint of the images that the encoder learned from; where test images were among
-    them the report says so. say: gets one line of progress at a time. The encoders come back where and as they were;
-    `encoder`'s weights are hashed before and after.
+    them the report says so. stages: else the output alone is probed. say: gets one line of progress at a time. The
+    encoders come back where and as they were; `encoder`'s weights are hashed before and after.
     Raises SslpreError: exit 4 without labels, 10 if features are not finite, 20 with more than the share `max_bad` of
     unreadable images, training and test images together; RuntimeError if the encoder changed while it was probed;
     ValueError if `start` is of another architecture.
@@ -96,7 +97,8 @@ def probe(
     parts = centres(data, encoder.image_size, side, device, workers, max_bad)
     with lent(encoder, device), lent(start or encoder, device):
         before = fingerprint(encoder)
-        exam = Exam(data, parts, layout(encoder), linear, knn, seed, device, say)
+        plan = layout(encoder) if stages else layout(encoder).output()
+        exam = Exam(data, parts, plan, linear, knn, seed, device, say)
         exam.take_all(encoder, start)
         if fingerprint(encoder) != before:
             raise RuntimeError("the encoder's weights or buffers changed while it was probed")

@@ -98,6 +98,10 @@ class Layout:
     at_once: bool
     notes: tuple[str, ...]
 
+    def output(self) -> Layout:
+        """The last row alone."""
+        return Layout(self.names[-1:], (None,), self.dims[-1:], False, self.notes)
+
 
 def grid(channels: int, side: int) -> int:
     """Side of the largest square grid, at most `side`, with channels · grid² ≤ 4,096; at least 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class Run:
     verdict: str = ""  # on its health, with what to do, as of the last look
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
     outdated: list[Path] = field(default_factory=list)  # checkpoints on other images, to go when there is a new one
+    onlookers: Sequence[
+        Callable[[Run], None]
+    ] = ()  # called in every process after a line of the log; they change nothing
     guard: Callable[[], None] = lambda: None  # raises where another run has taken the directory over
 
     @property
@@ -104,6 +107,8 @@ def train(run: Run) -> dict[str, float]:
             if save_now or stop_now or collapsed:
                 save(run, meter, disk, patient=not stop_now)
                 saved_at = time.monotonic()
+            for look_on in run.onlookers if log_now else ():
+                look_on(run)
             if collapsed:
                 raise watch.stopped(run)
             if stop_now and run.step < run.steps:

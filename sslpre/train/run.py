@@ -48,6 +48,7 @@ class Options:
     workers: int | None = None
     store: str | None = None
     data_changed: bool = False
+    onlookers: tuple[Callable[[loop.Run], None], ...] = ()  # see `loop.Run`
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def go_on_with(folder: Path, options: Options, where: torch.device, hold: contex
         source = str(folder / "start") if (folder / "start").is_dir() else recipe.encoder.init
         begun = distributed.alike(lambda: starts.read(source, recipe.encoder.backbone))
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
-    run.guard = guard
+    run.guard, run.onlookers = guard, options.onlookers
     distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
     distributed.from_first(lambda: tidy(run))
     parts_anew = said(options).get("train", {}).get("micro_batch") is not None
@@ -208,7 +209,7 @@ def start(options: Options, where: torch.device, hold: contextlib.ExitStack) -> 
     try:
         distributed.from_first(lambda: clear(folder, LOCK))  # what one left that was killed before its first step
         run = distributed.alike(lambda: build(folder, recipe, found, where, options.workers, begun))
-        run.guard = guard
+        run.guard, run.onlookers = guard, options.onlookers
         tried = step.fit(run)
         run.facts["views"] = run.views.made
         kept = keep(run, wanted_store(options) or "auto", memory.spare(where))

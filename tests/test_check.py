@@ -1,5 +1,6 @@
 """`sslpre check`: every odd file told, copies found, what would stop a run said, and nothing left behind."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from sslpre.check import report as reports
 from sslpre.check.choice import Choice
 from sslpre.check.copies import alike_groups, copies, like_pairs
 from sslpre.check.files import Files, in_threads, spread, survey
-from sslpre.check.findings import STOPS, Finding, Typed, about_images, bad, mixed, small
+from sslpre.check.findings import STOPS, Finding, Typed, about_images, bad, deep, mixed, small
 from sslpre.check.pair import FITS, MISFIT, UNKNOWN, Pair, judged, remedy
 from sslpre.check.table import table
 from sslpre.data import BadImage
@@ -418,23 +419,53 @@ def test_bad_images_stop_a_check_where_they_stop_a_run(images, limit, data):
 
 def test_bad_images_of_a_sample_count_for_those_not_seen():
     typed = Typed("simclr", "photos")
-    few = stub([head()] * 1000, decoded=list(range(100)), found_bad=[3, 4, 5])
+    few = stub([head()] * 1000, decoded=list(range(100)), found_bad=range(8))
     (stop,) = bad(few, typed, 0.01)
-    assert stop.level == STOPS and "3 of the 100 tried, of 1,000," in stop.text
-    (fine,) = bad(few, typed, 0.05)
+    assert stop.level == STOPS and "about 8 % of 1,000" in stop.text and "(8 of 100 tried)" in stop.text
+    (fine,) = bad(few, typed, 0.05)  # 8 of 100 may be luck, where 5 are allowed
     assert fine.level == "advice"
+    (luck,) = bad(stub([head()] * 1000, decoded=list(range(16)), found_bad=[3]), typed, 0.01)
+    assert luck.level == "advice" and "of the 16 tried" in luck.text
+    spread = stub([head()] * 100_000, decoded=list(range(0, 100_000, 100)), found_bad=range(0, 100_000, 200))
+    some = dataclasses.replace(spread, bad={n + (n % 1000 != 0): why for n, why in spread.bad.items()})
+    (told,) = bad(some, typed, 0.01)  # 0.5 % by their headers, a fifth of which are among those that were decoded
+    assert told.level == "advice" and "10 % of the 1,000 tried" not in told.text
     (tests_only,) = bad(stub([head()] * 10, test=5, found_bad=[12]), typed, 0.01)
     assert tests_only.level == "advice", "a run reads no test image"
 
 
 def test_grey_among_colour():
     typed = Typed("simclr", "my photos")
-    (told,) = mixed(stub([head(grey=i < 3) for i in range(10)]), typed)
+    (told,) = mixed(stub([head(grey=i < 3) for i in range(10)]), typed, chosen(coloured=False))
     assert told.images == ["photos/0.png", "photos/1.png", "photos/2.png"]
     assert told.type == ("sslpre pretrain simclr 'my photos' --set views.0.gray=1",)
-    (told,) = mixed(stub([head(grey=i > 0) for i in range(10)]), typed)
+    (told,) = mixed(stub([head(grey=i > 0) for i in range(10)]), typed, chosen(coloured=False, tables=2))
     assert told.images == ["photos/0.png"] and "1 of 10 images are coloured" in told.text
-    assert mixed(stub([head(grey=True)] * 4), typed) == [] == mixed(stub([head()] * 4), typed)
+    assert told.type[0].endswith("--set views.0.gray=1 --set views.1.gray=1")
+    (told,) = mixed(stub([head(grey=i > 0) for i in range(10)]), typed, chosen(coloured=True))
+    assert told.type == (), "a task that asks for colours"
+    assert mixed(stub([head(grey=True)] * 4), typed, None) == [] == mixed(stub([head()] * 4), typed, None)
+
+
+def test_most_of_those_that_were_decoded_are_dark():
+    files = stub([head(bits=16)] * 100, decoded=list(range(20)))
+    (told,) = deep(dataclasses.replace(files, peaks=dict.fromkeys(range(20), 15)))
+    assert (told.kind, len(told.images)) == ("dark", 20) and "20 of 20 images" in told.text
+
+
+def test_what_to_type_is_the_run_that_was_measured():
+    assert Typed("simclr", "-p", "cpu", 2).pretrain() == "sslpre pretrain simclr ./-p --device cpu --workers 2"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("none is left")])
+def test_what_was_found_is_told_though_no_step_could_be_measured(error, photos, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(reports, "choice", fail)
+    report = reports.check(Options("simclr", photos, device="cpu", workers=2), Typed("simclr", str(photos)))
+    assert report.code == 3 and report.files is not None
+    assert any("could not be measured" in one.text for one in report.stops)
 
 
 def test_images_smaller_than_a_view():

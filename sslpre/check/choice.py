@@ -34,10 +34,11 @@ KEPT = 3  # checkpoints on the disk while one is written
 class Choice:
     """A run, and its cost. Sizes of images in pixels, of memory and disk in bytes, times in seconds.
 
-    automatic: keys that were chosen for these images and this machine; part: images in memory at a time, 0 for all;
-    lasts: all epochs; compiling: before them; epoch_start: what the method computes before each of them, in all; batch:
-    of the steps that were measured; disk: of the run's directory, at most; stored: of all decoded images; peak: memory
-    of the GPU, 0 where there is none; shorter: what to type for a run that is long for a CPU.
+    tables: of views; coloured: the task asks for colours; automatic: keys that were chosen for these images and this
+    machine; part: images in memory at a time, 0 for all; lasts: all epochs; compiling: before them; epoch_start: what
+    the method computes before each of them, in all; batch: of the steps that were measured; disk: of the run's
+    directory, about; stored: of all decoded images; peak: memory of the GPU, 0 where there is none; shorter: what to
+    type for a run that is long for a CPU.
     """
 
     backbone: str
@@ -54,6 +55,8 @@ class Choice:
     init: str
     views: str
     largest_view: int
+    tables: int
+    coloured: bool
     automatic: tuple[str, ...]
     store: str
     store_line: str
@@ -116,6 +119,8 @@ def choice(
         init=recipe.encoder.init,
         views=run.views.made,
         largest_view=max(run.views.sides),
+        tables=len(recipe.views),
+        coloured=run.objective.encoder.colour == "luma",
         automatic=automatic(wanted),
         store=steps.store.kind,
         store_line=steps.store.line,
@@ -156,6 +161,8 @@ def measured(
             epoch_start = time.monotonic() - begun if starts else 0.0
             compiling += bench.compile_network(run, plain, busy)
             epoch = run.stream.steps_per_epoch
+            if where.type == "cuda":  # what was tried before says nothing of the run
+                torch.cuda.reset_peak_memory_stats(where)
             later = first = timed.whole(run, 0, epoch)
             with kept.later() as store:
                 if store is not None:

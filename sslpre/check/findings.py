@@ -41,13 +41,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Typed:
-    """The words of the command: recipe and folder as typed."""
+    """The words of the command, as typed; device and workers where they were."""
 
     recipe: str
     images: str
+    device: str = "auto"
+    workers: int | None = None
 
     def pretrain(self, more: str = "", recipe: str = "") -> str:
-        return f"sslpre pretrain {shlex.join([recipe or self.recipe, self.images])} {more}".rstrip()
+        images = f"./{self.images}" if self.images.startswith("-") else self.images
+        words = ["sslpre", "pretrain", recipe or self.recipe, images]
+        words += [] if self.device == "auto" else ["--device", self.device]
+        words += [] if self.workers is None else ["--workers", str(self.workers)]
+        return f"{shlex.join(words)} {more}".rstrip()
 
 
 def about_images(files: Files, twice: Copies, typed: Typed, max_bad: float, choice: Choice | None) -> list[Finding]:
@@ -57,7 +63,7 @@ def about_images(files: Files, twice: Copies, typed: Typed, max_bad: float, choi
         *few(files, typed, choice),
         *leaks(files, twice),
         *equal(files, twice),
-        *mixed(files, typed),
+        *mixed(files, typed, choice),
         *small(files, typed, choice),
         *narrow(files),
         *deep(files),
@@ -88,18 +94,25 @@ def bad(files: Files, typed: Typed, max_bad: float) -> list[Finding]:
     numbers = sorted(files.bad)
     told, reasons = named(files, numbers), [files.bad[n] for n in numbers]
     train = [n for n in numbers if n < files.train]
-    tried = len({n for n in files.decoded if n < files.train} | set(train))
-    share = len(train) / max(1, tried)
-    whole = tried == files.train
+    seen = {n for n in files.decoded if n < files.train}  # evenly spread; of headers more may have been read
+    whole, met = len(seen) == files.train, sum(n in seen for n in train)
+    share = len(train) / files.train if whole else met / max(1, len(seen))
+    low = share - 2 * math.sqrt(share * (1 - share) / max(1, len(seen)))  # a run's end is not told from bad luck
     allowed = math.floor(max_bad * files.train + 1e-9)
-    text = f"{count(len(numbers), 'image')} cannot be read"
-    if len(train) > allowed or (not whole and share * files.train > allowed + 1):
-        of = f"of {files.train:,}" if whole else f"of the {tried:,} tried, of {files.train:,},"
-        text = f"{len(train):,} {of} images to train on are bad, and a run stops above {max_bad * 100:g} %"
-        needed = min(1.0, math.ceil(1000 * share * (1 if whole else 1.2)) / 1000)
+    if len(train) > allowed or (not whole and low * files.train > allowed):
+        part = f"{len(train):,} of {files.train:,}" if whole else f"about {100 * share:.2g} % of {files.train:,}"
+        of = "" if whole else f" ({met:,} of {len(seen):,} tried)"
+        text = f"{part} images to train on are bad{of}, and a run stops above {max_bad * 100:g} %"
+        needed = min(1.0, math.ceil(1000 * max(share, len(train) / files.train) * (1 if whole else 1.2)) / 1000)
         lines = (typed.pretrain(f"--max-bad {needed:g}"),)
         return [Finding("bad images", STOPS, f"{text}; remove them, or allow them", lines, 4, told, reasons)]
-    text += f", {100 * share:.2g} % of those to train on" if train else ", none of them to train on"
+    text = f"{count(len(numbers), 'image')} cannot be read"
+    of = (
+        "those to train on"
+        if whole
+        else f"the {len(seen):,} tried of those to train on; a run stops above {max_bad:.2%}"
+    )
+    text += f", {100 * share:.2g} % of {of}" if train else ", none of them to train on"
     text += "; a run names them and takes neighbours in their place"
     return [Finding("bad images", ADVICE, text, images=told, reasons=reasons)]
 
@@ -122,8 +135,8 @@ def leaks(files: Files, twice: Copies) -> list[Finding]:
     found, test = [], len(files) - files.train
     if twice.leaked:
         text = (
-            f"{len(twice.leaked):,} of {count(test, 'test image')} also lie in training, the same bytes: "
-            "accuracy on them flatters; remove them from one of the two"
+            f"{len(twice.leaked):,} of {count(test, 'test image')} also lie in training, the same bytes"
+            f"{partly(files)}: accuracy on them flatters (sslpre probe leaves them out); remove them from one side"
         )
         found.append(Finding("leaked", ADVICE, text, groups=grouped(files, twice.leaked)))
     if twice.like_leaked:
@@ -150,19 +163,23 @@ def equal(files: Files, twice: Copies) -> list[Finding]:
     ):
         if groups:
             more = sum(map(len, groups)) - len(groups)
-            many = more > 0.01 * len(files)
+            many = more > 0.01 * (files.compared if kind == "copies" else len(files.hashes))
             text = f"{count(more, *what)}, in {count(len(groups), 'group')}"
-            text += f" (perceptual hash{sampled(files)})" if kind == "near copies" else ""
+            text += f" (perceptual hash{sampled(files)})" if kind == "near copies" else partly(files)
             text += "; contrastive methods push copies apart, and what is rare weighs less" if many else ""
             found.append(Finding(kind, ADVICE if many else NOTE, text, groups=grouped(files, groups)))
     return found
+
+
+def partly(files: Files) -> str:
+    return "" if files.compared == len(files) else f" (of {files.compared:,} compared)"
 
 
 def sampled(files: Files) -> str:
     return "" if len(files.decoded) == len(files) else f", of {len(files.decoded):,} compared"
 
 
-def mixed(files: Files, typed: Typed) -> list[Finding]:
+def mixed(files: Files, typed: Typed, choice: Choice | None) -> list[Finding]:
     seen = {n: one.grey for n, one in files.headers.items() if n < files.train}
     grey = sorted(n for n, is_grey in seen.items() if is_grey)
     if not grey or len(grey) == len(seen):
@@ -171,8 +188,11 @@ def mixed(files: Files, typed: Typed) -> list[Finding]:
     rare, what = (grey, "grey") if len(grey) <= len(colour) else (colour, "coloured")
     other = "others in colour" if what == "grey" else "others grey"
     text = f"{len(rare):,} of {len(seen):,} images are {what}, the {other}: that alone tells them apart"
+    if choice is None or choice.coloured:  # of a task that asks for colours they cannot be taken
+        text += "; train on those of one kind" if choice is not None else ""
+        return [Finding("grey and colour", ADVICE, text, images=named(files, rare))]
     text += "; to take the colour away:"
-    lines = (typed.pretrain("--set views.0.gray=1"),)
+    lines = (typed.pretrain(" ".join(f"--set views.{n}.gray=1" for n in range(choice.tables))),)
     return [Finding("grey and colour", ADVICE, text, lines, images=named(files, rare))]
 
 
@@ -201,7 +221,7 @@ def narrow(files: Files) -> list[Finding]:
     )
     if not long:
         return []
-    many = len(long) > 0.05 * len(files.headers)
+    many = len(long) > 0.05 * sum(n < files.train for n in files.headers)
     text = (
         f"{count(len(long), 'image is', 'images are')} more than {NARROW} times as long as wide: squeezed into a "
         "square before they are cropped, they lose detail along the long side; cut them into tiles"
@@ -214,11 +234,12 @@ def deep(files: Files) -> list[Finding]:
     wide = sorted(n for n, one in files.headers.items() if one.bits > 8)
     if not wide:
         return []
-    dark = [n for n in wide if files.peaks.get(n, 255) < DARK]
-    if len(dark) > MANY * len(wide):
+    known = [n for n in wide if n in files.peaks]  # of those that were decoded
+    dark = [n for n in known if files.peaks[n] < DARK]
+    if known and len(dark) > MANY * len(known):
         text = (
-            f"{len(dark):,} of {count(len(wide), 'image')} of more than 8 bits use less than a quarter of their range, "
-            "and come out dark: 12 bits kept in 16, perhaps; scale the files to their whole range"
+            f"{len(dark):,} of {count(len(known), 'image')} of more than 8 bits use less than a quarter of their "
+            "range, and come out dark: 12 bits kept in 16, perhaps; scale the files to their whole range"
         )
         return [Finding("dark", ADVICE, text, images=named(files, dark))]
     text = f"{count(len(wide), 'image has', 'images have')} more than 8 bits, and are scaled to 8 by their range"

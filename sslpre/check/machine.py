@@ -58,7 +58,7 @@ class Machine:
 def machine(where: torch.device) -> Machine:
     """The machine, of which a run would use the device `where`."""
     facts = device.facts(where)
-    gpu_free, gpu_memory = torch.cuda.mem_get_info(where) if where.type == "cuda" else (None, None)
+    gpu_free, gpu_memory = gpu_room(where)
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return Machine(
         python=platform.python_version(),
@@ -69,7 +69,7 @@ def machine(where: torch.device) -> Machine:
         gpu_memory=gpu_memory,
         gpu_free=gpu_free,
         gpus=gpus,
-        idle=not gpus and DRIVER.exists(),
+        idle=not gpus and DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ,  # else it was hidden on purpose
         cores=own_cores(),
         memory=room.physical(),
         free=room.memory(),
@@ -78,6 +78,14 @@ def machine(where: torch.device) -> Machine:
         cache=cache_disk(),
         simplejpeg=decode.simplejpeg.__version__ if decode.simplejpeg is not None else "",
     )
+
+
+def gpu_room(where: torch.device) -> tuple[int | None, int | None]:
+    """Bytes free and in all; None where there is no GPU, or it does not say: it may be another program's alone."""
+    try:
+        return torch.cuda.mem_get_info(where) if where.type == "cuda" else (None, None)
+    except RuntimeError:
+        return None, None
 
 
 def free_at(path: Path) -> int | None:

@@ -32,7 +32,7 @@ def about_machine(here: Machine, typed: Typed, jpegs: bool) -> list[Finding]:
         text = f"torch {pair.torch} and torchvision {pair.torchvision}{needs} {how}; they were imported, though"
         level = ADVICE if pair.verdict == MISFIT else NOTE
         found.append(Finding("pair", level, text, (remedy(pair),) if pair.verdict == MISFIT else ()))
-    if here.idle:
+    if here.idle and typed.device != "cpu":
         text = f"there is an NVIDIA driver, but torch {pair.torch} sees no GPU"
         found.append(Finding("GPU", ADVICE, text, ("nvidia-smi", "pip install --force-reinstall torch torchvision")))
     if jpegs and not here.simplejpeg:

@@ -20,7 +20,7 @@ from sslpre.check.findings import STOPS, Finding, Typed, about_images, count
 from sslpre.check.machine import Machine, machine, needed
 from sslpre.check.remarks import about_machine, about_run, stopped
 from sslpre.data import Source
-from sslpre.data.find import Found, find
+from sslpre.data.find import Found, find, printable
 from sslpre.errors import SslpreError
 from sslpre.train import memory
 from sslpre.train.run import Options, planned, wish
@@ -63,7 +63,8 @@ class Report:
         """Plain values, every name in full.
 
         schema (1) · sslpre · recipe · images {…, null where there are none} · machine (Machine) · run (Choice, or null)
-        · findings [{kind, level: stops, advice or note, text, type, code, images, groups}] · ready · code · verdict ·
+        · findings [{kind, level: stops, advice or note, text, type, code, images, reasons,
+        groups}] · ready · code · verdict ·
         seconds (that the check took)
         """
         return {
@@ -84,8 +85,8 @@ class Report:
 def check(options: Options, typed: Typed, busy: Callable[[str], None] = lambda what: None) -> Report:
     """Look at images and machine, and measure some steps of the run that `options` would begin.
 
-    What would stop a run is a finding, not an error. Raises SslpreError (exit 2) for a recipe that cannot be read, and
-    where several processes were started.
+    What would stop a run is a finding, not an error. Raises SslpreError: exit 2 for a recipe that cannot be read, and
+    where several processes were started; 4 for a folder whose name is not UTF-8.
     """
     begun = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -115,6 +116,9 @@ def check(options: Options, typed: Typed, busy: Callable[[str], None] = lambda w
                 run = choice(options, plan, readable(files), where, busy)
             except SslpreError as error:
                 stops.append(stopped(error))
+            except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # what else was found is worth telling
+                why = " ".join(printable(os.fsencode(str(error))).split())[:120]
+                stops.append(Finding("run", STOPS, f"its steps could not be measured: {why}", code=3))
     findings = stops
     if files is not None and twice is not None:
         jpegs = 2 * sum(one.kind == "JPEG" for one in files.headers.values()) > len(files.headers)

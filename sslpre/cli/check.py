@@ -56,7 +56,7 @@ def check(
 
     options = Options(recipe, Path(images), device=device, workers=threads)
     with talking() as (_, busy):
-        report = report_of(options, Typed(recipe, images), busy)
+        report = report_of(options, Typed(recipe, images, device, threads), busy)
     print(json.dumps(report.json(), allow_nan=False) if as_json else table(report))
     if report.code:
         raise typer.Exit(report.code)

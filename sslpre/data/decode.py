@@ -161,7 +161,10 @@ def is_grey(image: ImageFile.ImageFile) -> bool:
         return False
     # not `getpalette`, which decodes the whole image
     table, layout = np.frombuffer(bytes(palette.palette), np.uint8), palette.rawmode or palette.mode
-    colours = table.reshape(3, -1).T if layout == "RGB;L" else table.reshape(-1, len(layout))[:, :3]
+    table = table[
+        : len(table) // (wide := 3 if layout == "RGB;L" else len(layout)) * wide
+    ]  # one may be cut in its last
+    colours = table.reshape(3, -1).T if layout == "RGB;L" else table.reshape(-1, wide)[:, :3]
     return bool((colours == colours[:, :1]).all())
 
 

@@ -9,7 +9,7 @@ from PIL import TiffImagePlugin
 
 from sslpre.data.decode import BITS, MAX_PIXELS, blame_the_file, is_grey, open_image, upright
 
-PNG_DEPTH = 24  # where a PNG's first chunk says how many bits a channel has
+PNG_FIRST, PNG_DEPTH = 12, 24  # where a PNG's first chunk has its name, and how many bits a channel has
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -38,8 +38,9 @@ def header(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> Header:
             tagged = image.tag_v2.get(BITS, (1,))
             bits = max(tagged) if isinstance(tagged, tuple) else int(tagged)
         elif image.format == "PNG":
-            file.seek(PNG_DEPTH)
-            bits = file.read(1)[0]
+            file.seek(PNG_FIRST)
+            first = file.read(PNG_DEPTH - PNG_FIRST + 1)
+            bits = first[-1] if first[:4] == b"IHDR" else bits
         clear = image.mode in ALPHA or "transparency" in image.info
         turn = turn if turn in range(1, 9) else 1
         return Header(image.format or "", image.mode, bits, height, width, turn, is_grey(image), clear)

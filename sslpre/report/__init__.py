@@ -208,7 +208,10 @@ def probed(
         return without(content, error, ("probe",), say)
     told = {"step": step, "data_fingerprint": own}
     result = json.loads(json.dumps(made.json() | told))
-    write_text(folder / PROBE, json.dumps(result, indent=1) + "\n")
+    try:
+        write_text(folder / PROBE, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        say(f"probe      not kept: {(error.strerror or 'unknown reason').lower()}")
     return replace(content, probe=result)
 
 
@@ -220,7 +223,16 @@ def kept_probe(folder: Path) -> dict[str, Any]:
     if not all(type(kept.get(key)) is kind for key, kind in needed.items()):
         return {}
     scores = [row.get(metric) for row in kept["rows"] if isinstance(row, dict) for metric in ("linear", "knn")]
-    whole = all(isinstance(row, dict) and {"weights", "features", "dim"} <= set(row) for row in kept["rows"])
+    whole = all(
+        isinstance(row, dict)
+        and {"weights", "features", "dim"} <= set(row)
+        and type(row["dim"]) is int
+        and isinstance(row["weights"], str)
+        and isinstance(row["features"], str)
+        for row in kept["rows"]
+    )
+    warnings = kept.get("warnings", [])
+    whole = whole and isinstance(warnings, list) and all(isinstance(one, str) for one in warnings)
     fine = all(
         score is None
         or (

@@ -48,6 +48,7 @@ class Run:
     unsettled: deque[tuple[int, dict[str, Tensor]]] = field(default_factory=deque)  # terms of those that may not be
     undo: memory.Undo | None = None  # what was before the last step, where its answer is late
     passed_over: int = 0  # steps that were not finite
+    ending: str = ""  # "stopped" where it will not go on to its last step
     verdict: str = ""  # on its health, with what to do, as of the last look
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
     outdated: list[Path] = field(default_factory=list)  # checkpoints on other images, to go when there is a new one
@@ -103,12 +104,13 @@ def train(run: Run) -> dict[str, float]:
             if save_now or stop_now or collapsed:
                 save(run, meter, disk, patient=not (stop_now or collapsed))
                 saved_at = time.monotonic()
-            for look_on in run.onlookers if log_now else ():
+            if done + 1 == an_epoch and not (stop_now or collapsed):
+                metrics.write_survey(run, log, watch, meter, epoch)
+            run.ending = "stopped" if stop_now or collapsed else ""
+            for look_on in run.onlookers if log_now or run.ending else ():
                 look_on(run)
             if collapsed:
                 raise watch.stopped(run)
-            if done + 1 == an_epoch and not stop_now:
-                metrics.write_survey(run, log, watch, meter, epoch)
             if stop_now and run.step < run.steps:
                 raise Interrupted(max(distributed.collected([stop()])))
         see_it_saved(run, meter, disk, stop)

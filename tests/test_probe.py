@@ -730,9 +730,12 @@ def test_finetuning_finds_what_frozen_features_do_not_have(short, monkeypatch, t
     assert (tuned.numpy() == test.labels).mean() > 0.9
 
 
-def test_noise_is_worth_chance_finetuned_too(short, tiny):
+def test_noise_is_worth_chance_finetuned_too(short, tiny, monkeypatch):
+    monkeypatch.setattr(finetune.Tuning, "rate", lambda tuning, encoder: 0.001 if encoder is tiny else 0.01)
     train, test = Pictures(np.arange(90) % 3), Pictures(np.arange(150) % 3, seed=1)
     report = run(tiny, train, test, linear=True, knn=False, finetune=True)
+    assert "encoder, finetuned: 0.001 is the last of the rates tried; another may do better" in report.warnings
+    assert not any("random weights, finetuned" in note for note in report.warnings)
     raw = report.last("raw pixels").scores
     assert raw[Question("finetune")].accuracy == raw[LINEAR].accuracy, "there is nothing below the classifier"
     for row in report.rows:

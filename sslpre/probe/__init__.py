@@ -13,6 +13,7 @@ from sslpre.errors import SslpreError
 from sslpre.probe.duplicates import Duplicates
 from sslpre.probe.exam import SEEDS, Exam, lent
 from sslpre.probe.features import RAW_SIDE, fingerprint, layout
+from sslpre.probe.finetune import ADAM_RATES, SGD_RATES
 from sslpre.probe.images import centres, labelled, pretrained_too
 from sslpre.probe.judge import Answers, best, interval
 from sslpre.probe.knn import TEMPERATURE, K
@@ -142,6 +143,10 @@ def doubts(exam: Exam, rows: tuple[Row, ...], duplicates: Duplicates, k: int) ->
     fewer = [str(k) for k in exam.asked.ks if exam.asked.knn and k > asked.ks[-1]]
     if fewer:
         found.append(f"k is {asked.ks[-1]}, not {listed(fewer, 'or')}: there are no more training images")
+    edges = (min(SGD_RATES), min(ADAM_RATES), max(SGD_RATES), max(ADAM_RATES))
+    for (question, name), rate in exam.rates.items():
+        if rate in edges:
+            found.append(f"{name}, {question.words}: {rate:g} is the last of the rates tried; another may do better")
     random = [row for row in rows if row.weights == "random weights"]
     for question, mine in output.scores.items():
         if question.metric != "finetune" and mine.beats(random[-1].scores[question]):  # else the verdict says it

@@ -48,6 +48,7 @@ class Exam:
     device: torch.device
     say: Callable[[str], None]
     found: dict[str, list[list[Answers]]] = field(default_factory=dict)
+    rates: dict[tuple[Question, str], float] = field(default_factory=dict)  # of finetuning, by weights
     raw: Answers | None = None
     raw_dim: int = 0
 
@@ -114,7 +115,7 @@ class Exam:
             about = f"{name} on {len(index):,} images, {steps(len(index)):,} steps"
             if not number:
                 self.say(f"finetuning {about}: looking for the learning rate")
-                rate = tuning.rate(encoder)
+                rate = self.rates[question, name] = tuning.rate(encoder)
             self.say(f"finetuning {about} at {rate:g}: {number + 1} of {count}")
             tuned = tuning.trained(encoder, rate, number)
             guess = torch.cat([tuned.logits(views).argmax(1) for views in self.parts[1]])

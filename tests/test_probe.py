@@ -751,13 +751,38 @@ def test_batches_take_every_image_alike(images, count, seed):
     times = torch.bincount(torch.cat(found), minlength=images)
     assert times.max() - times.min() <= 1
     assert finetune.LEAST <= finetune.steps(images) <= finetune.MOST
+    assert finetune.steps(1000 * images * finetune.BATCH) == max(finetune.MOST, 1000 * images)  # an epoch at least
 
 
 def test_more_images_than_memory_are_refused(monkeypatch, shrunk):
     monkeypatch.setattr(probing, "VIEWS", 10 * 3 * 16 * 16)
     with pytest.raises(SslpreError, match="finetuning on `48` images of 16 px takes more than") as error:
-        run(shrunk, Pictures(np.arange(60) % 3), linear=False, knn=False, finetune=True)
-    assert error.value.code == 2 and error.value.hint == "--labels 20%"
+        run(shrunk, Pictures(np.arange(60) % 3), linear=True, knn=False, finetune=True, say=pytest.fail)
+    assert error.value.code == 2 and error.value.hint == "--labels 20.8%"
+
+
+def test_a_share_that_knn_is_not_asked_is_in_the_csv_too(shrunk):
+    labels = np.arange(60) % 3
+    told = run(shrunk, Pictures(labels), Pictures(labels[:30], seed=9), shares=(10.0,)).csv()
+    found = {(row["metric"], row["labels_percent"]) for row in csv.DictReader(io.StringIO(told))}
+    assert found == {("linear", "10"), ("knn", "100")}
+
+
+def test_names_of_copies_are_one_line_whatever_they_are(shrunk):
+    labels = np.arange(60) % 3
+    report = run(shrunk, Pictures(labels), Pictures(labels[:30], seed=9), linear=False)
+    pairs = (("exact", "a\x1b[31m\nb\udcff.png", "c.png"),)
+    told = replace(report, duplicates=replace(report.duplicates, pairs=pairs)).table()
+    told.encode()
+    assert "\x1b" not in told and [line for line in told.splitlines() if line.startswith("exact")] != []
+
+
+def test_the_quick_interval_of_many_images_is_that_of_drawing_them(monkeypatch):
+    right = torch.rand(1, 1, 3000, generator=torch.Generator().manual_seed(0)) < 0.7
+    slow = interval(right, 0)
+    monkeypatch.setattr("sslpre.probe.judge.MANY", 100)
+    quick = interval(right, 0)
+    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.003)
 
 
 # ---- every stage
@@ -974,7 +999,7 @@ def test_probes_that_disagree_are_told_apart():
 
 def test_json_is_plain(shrunk):
     plain = run(shrunk, Pictures(np.arange(60) % 3, 0.5), Pictures(np.arange(30) % 3, 0.5, seed=1)).json()
-    assert json.loads(json.dumps(plain))["schema"] == 1
+    assert json.loads(json.dumps(plain))["schema"] == 2
     assert plain["temperature"] == 0.07 and plain["k"] == 20
     assert set(plain["rows"][0]) == {"weights", "features", "dim", "stage", "linear", "knn", "results"}
     assert plain["best"].keys() == plain["best_beats"].keys() == {"linear", "knn"}

@@ -79,8 +79,8 @@ def probe(
 
     check_out(Path(plane))
     drawn, reports = compare(paths, data, judge, where, threads, share)
-    write(drawn, Path(plane))
     show(kind, reports, drawn)
+    write(drawn, Path(plane))
 
 
 def show(kind: str, reports: list[Report], plane: Plane | None = None) -> None:
@@ -94,7 +94,7 @@ def show(kind: str, reports: list[Report], plane: Plane | None = None) -> None:
     elif plane is None:
         print(json.dumps(reports[0].json()))
     else:
-        print(json.dumps({"schema": 1, "plane": plane.json(), "reports": [report.json() for report in reports]}))
+        print(json.dumps({"schema": 2, "plane": plane.json(), "reports": [report.json() for report in reports]}))
 
 
 def shares_of(word: str | None, metrics: dict[str, bool]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from sslpre.data import Source
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
 from sslpre.probe.duplicates import Duplicates
-from sslpre.probe.exam import SEEDS, Exam, lent
+from sslpre.probe.exam import SEEDS, Exam, lent, refuse_large
 from sslpre.probe.features import RAW_SIDE, fingerprint, layout
 from sslpre.probe.finetune import ADAM_RATES, SGD_RATES
 from sslpre.probe.images import centres, labelled, pretrained_too
@@ -80,6 +80,8 @@ def probe(
     device = torch.device(device)
     asked = Asked(linear, knn, finetune, tuple(sorted(set(shares))), tuple(sorted(set(ks))))
     data = labelled(train, test, seed)
+    if finetune:
+        refuse_large(len(data.train), asked.shares[-1], encoder.image_size)
     parts = centres(data, encoder.image_size, side, device, workers, max_bad, hashed=True)
     with lent(encoder, device), lent(start or encoder, device):
         before = fingerprint(encoder)
@@ -99,12 +101,14 @@ def reported(exam: Exam, size: int, before: str, warnings: list[str], pairs: boo
     rows = exam.rows(f"{wide}x{wide}")
     counted = judge.test if judge.kept is None else judge.test[judge.kept]
     majority = torch.bincount(judge.train, minlength=len(data.classes)).argmax()
-    majority_chance = (counted == majority).double().mean().item()
+    majority_chance = (counted == majority).cpu().double().mean().item()
     train_images, test_images, split = len(judge.train), len(counted), data.split
     alone = None
     if judge.single is not None:
         labels = torch.cat([judge.train, judge.test])[judge.single]
-        alone = Alone(len(labels), torch.bincount(labels).max().item() / len(labels))
+        alone = Alone(
+            len(labels), len(judge.train) + len(judge.test), torch.bincount(labels).max().item() / len(labels)
+        )
         if exam.alone:
             train_images, test_images = len(labels) - 1, len(labels)
             split = f"each image of {data.train.where} by the others (leave-one-out)"
@@ -165,10 +169,10 @@ def copied(exam: Exam, output: dict[Question, Score], duplicates: Duplicates) ->
     if exam.alone:
         if duplicates.removed:
             found.append(
-                f"{duplicates.removed:,} of {duplicates.images:,} images are there twice, pixel for pixel: {left}"
+                f"{duplicates.removed:,} of {duplicates.images:,} images repeat an earlier one, pixel for pixel: {left}"
             )
         if duplicates.nearly:
-            found.append(f"{duplicates.nearly:,} of {duplicates.left:,} images nearly equal another; they count")
+            found.append(f"{duplicates.nearly:,} of {duplicates.left:,} images nearly equal an earlier one; they count")
         return found
     if duplicates.removed:
         removed = f"{duplicates.removed:,} of {duplicates.images:,} test images"

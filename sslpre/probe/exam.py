@@ -118,7 +118,10 @@ class Exam:
                 rate = self.rates[question, name] = tuning.rate(encoder)
             self.say(f"finetuning {about} at {rate:g}: {number + 1} of {count}")
             tuned = tuning.trained(encoder, rate, number)
-            guess = torch.cat([tuned.logits(views).argmax(1) for views in self.parts[1]])
+            logits = torch.cat([tuned.logits(views) for views in self.parts[1]])
+            if not logits.isfinite().all():
+                raise SslpreError(f"finetuning {name} was finite at no rate", "probe it with --linear alone", 10)
+            guess = logits.argmax(1)
             right.append((guess == judge.test).cpu())
         rows_found = self.found.setdefault(name, [[] for _ in self.plan.names])
         if not rows_found[-1]:
@@ -126,12 +129,7 @@ class Exam:
         rows_found[-1][0].right[question] = torch.stack(right)
 
     def views(self, index: Tensor) -> Tensor:
-        """Centre views of these training images. Raises SslpreError (exit 2) where they take too much memory."""
-        side = self.parts[0].side
-        if len(index) * 3 * side**2 > VIEWS:
-            most = math.floor(100 * VIEWS / (len(self.parts[0].index) * 3 * side**2))
-            message = f"finetuning on `{len(index):,}` images of {side} px takes more than {VIEWS >> 30} GiB of memory"
-            raise SslpreError(message, f"--labels {max(1, most)}%")
+        """Centre views of these training images."""
         return self.parts[0].views(index)
 
     @cached_property
@@ -179,6 +177,16 @@ class Exam:
                 if found:
                     rows.append(Row(weights, plan.names[at], plan.dims[at], judge.scores(found), plan.stages[at]))
         return (*rows, Row("raw pixels", raw_name, self.raw_dim, judge.scores([self.raw])))
+
+
+def refuse_large(images: int, share: float, side: int) -> None:
+    """Raises SslpreError (exit 2) where `share` percent of the images, `side` px wide, take too much memory to finetune
+    on: before anything is read."""
+    count = round(images * share / 100)
+    if count * 3 * side**2 > VIEWS:
+        most = math.floor(1000 * VIEWS / (images * 3 * side**2)) / 10
+        message = f"finetuning on `{count:,}` images of {side} px takes more than {VIEWS >> 30} GiB of memory"
+        raise SslpreError(message, f"--labels {most:g}%" if most else "finetune on a part of the images")
 
 
 @contextmanager

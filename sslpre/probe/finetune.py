@@ -9,6 +9,7 @@ al., 2020). As there: SGD with momentum, no decay, 20 epochs; the rate is one of
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,9 +30,9 @@ ADAM_DECAY = 0.05
 CROPS = (0.4, 1.0), (3 / 4, 4 / 3)  # share of an image's area, width by height
 ONCE = 256  # images encoded at a time
 PROTOCOL = (
-    f"finetuned: a copy of the network, its head the linear probe, for {EPOCHS} epochs of crops and mirror images,"
-    f" {LEAST} steps at least and {MOST:,} at most, of {BATCH}; rate one of three, chosen on 20 % of the training"
-    " images of the first draw; of raw pixels the linear probe"
+    f"finetuned: a copy of the network, its head the linear probe, for {EPOCHS} epochs of crops and mirror images, but"
+    f" {LEAST} steps of {BATCH} at least, and at most {MOST:,} or one epoch; rate one of three, chosen on 20 % of the"
+    " training images of the first draw; of raw pixels the linear probe"
 )
 
 
@@ -132,7 +133,8 @@ def train(tuned: Tuned, views: Tensor, labels: Tensor, rate: float, seed: int) -
 
 def steps(images: int) -> int:
     """Of a finetuning on so many images."""
-    return min(MOST, max(LEAST, round(EPOCHS * images / min(BATCH, images))))
+    epoch = images / min(BATCH, images)
+    return max(LEAST, math.ceil(epoch), min(MOST, round(EPOCHS * epoch)))
 
 
 def batches(images: int, count: int, seed: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from sslpre.errors import printable
 from sslpre.probe.questions import DRAWS, METRICS, Question
 from sslpre.probe.table import Report, Row
 
@@ -96,7 +97,10 @@ def notes(report: Report) -> list[str]:
     shares = [question for question in report.questions if question.share < 100]
     found = [f"{len(report.classes)} classes, {counts}: {report.split}"]
     if report.alone is not None and metrics != {"knn"}:
-        found.append(f"kNN: each of {report.alone.images:,} images, by the others (leave-one-out)")
+        text = f"kNN: each of {report.alone.images:,} images, by the others (leave-one-out)"
+        if report.alone.before > report.alone.images:
+            text += f"; {report.alone.before - report.alone.images:,} more repeat an earlier one, and are left out"
+        found.append(text)
     found.append(f"encoder: {report.encoder_hash}, before and after")
     found.append("in brackets: 95 % bootstrap intervals; random weights: the mean of 3 seeds")
     if shares:
@@ -135,8 +139,8 @@ def protocols(report: Report, metrics: set[str]) -> list[str]:
 
 def copies(report: Report) -> list[str]:
     """The pairs, where they were asked for: as long as the names are."""
-    return [f"{kind:<6} {one}  {other}" for kind, one, other in report.duplicates.pairs or ()]
+    return [printable(f"{kind:<6} {one}  {other}") for kind, one, other in report.duplicates.pairs or ()]
 
 
 def wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, subsequent_indent="  ")
+    return textwrap.wrap(printable(text), 80, subsequent_indent="  ")

@@ -70,10 +70,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Alone:
-    """Of nearest neighbours where each of `images` is classified by the others. majority_chance: the share of the most
-    frequent class."""
+    """Of nearest neighbours where each of `images` is classified by the others; there were `before`, with those that
+    repeat an earlier one. majority_chance: the share of the most frequent class."""
 
     images: int
+    before: int
     majority_chance: float
 
 
@@ -176,7 +177,7 @@ class Report:
         for name, found in keyed.items():
             plain[name] = {question.key: value for question, value in found.items() if question in self.heads}
         plain |= {"chance": self.chance, "verdict": self.verdict(), "duplicates": self.duplicates.json()}
-        return {"schema": 1, **self.about, "rows": [self.plain(row) for row in self.rows], **plain}
+        return {"schema": 2, **self.about, "rows": [self.plain(row) for row in self.rows], **plain}
 
     def plain(self, row: Row) -> dict[str, Any]:
         """A row for `json`: its scores of one metric each, and all of them as `results`."""
@@ -201,7 +202,7 @@ class Report:
                     "k": question.k or "",
                     "chance": self.chance_of(question),
                     "classes": len(self.classes),
-                    "train_images": lone.images - 1 if lone else self.counts[question.share],
+                    "train_images": lone.images - 1 if lone else self.counts.get(question.share, self.train_images),
                     "test_images": lone.images if lone else self.test_images,
                     "encoder_hash": self.encoder_hash,
                 }

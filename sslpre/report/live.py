@@ -14,7 +14,7 @@ from sslpre.ops import ranks
 from sslpre.preview import Subject, pictures
 from sslpre.report import NAME, ROWS, kept_probe, known, pictured, strips
 from sslpre.report.gallery import MOST, Sample
-from sslpre.report.page import Content, page
+from sslpre.report.page import LATER, Content, page
 from sslpre.train.disk import reason
 from sslpre.train.progress import say
 from sslpre.train.runs import write_text
@@ -109,8 +109,7 @@ class Live:
         """What the log tells now, with the images of the last time."""
         probe = kept_probe(Path(content.run))
         if self.content is None:
-            later = "Made when the run has trained for a while; at once: sslpre report, in another terminal."
-            return replace(content, probe=probe, absent={"images": later, "preview": later})
+            return replace(content, probe=probe, absent={"images": LATER, "preview": LATER})
         last = self.content
         return replace(
             content,

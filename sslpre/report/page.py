@@ -15,6 +15,7 @@ from sslpre.report.markup import command, count, name, paragraph, section, table
 
 TONES = {"healthy": "good", "not yet learning": "warn", "partly collapsed": "warn", "collapsed": "bad"}
 ROOM = Path(__file__).parent
+LATER = "Not made while it trains until it would take less than a fiftieth of the run's time."
 WEIGHTS = {"encoder": "this run", "start": "the weights it began with", "random weights": "random weights"}
 
 
@@ -160,6 +161,10 @@ def next_steps(content: Content) -> list[str]:
     elif content.state == "finished":
         export = command("sslpre", "export", "encoder.safetensors", "--run", content.run)
         steps.append(f"Take the encoder into your own code: {export}")
+    if content.absent.get("images") == LATER:
+        steps.append(
+            f"See map, neighbours, clusters and a probe on this page: {command('sslpre', 'report', content.run)}"
+        )
     if content.picked is not None and (content.picked.same or content.picked.alike):
         steps.append("<a href='#alone'>Look at the likely duplicates</a> among the images.")
     return steps or ["Wait for the first steps."]

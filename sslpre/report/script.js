@@ -46,6 +46,7 @@
         thumb.className = "t";
         thumb.style.left = `${x}px`;
         thumb.style.top = `${y}px`;
+        thumb.style.outlineColor = getComputedStyle(dots[at]).stroke;
         place(thumb, at);
         layer.append(thumb);
       }

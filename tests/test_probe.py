@@ -553,7 +553,7 @@ def test_leave_one_out_leaves_copies_out_too(shrunk):
     assert (report.duplicates.images, report.duplicates.removed) == (40, 2)
     assert (report.train_images, report.test_images, report.alone.images) == (37, 38, 38)
     assert len([pair for pair in report.duplicates.pairs if pair[0] == "exact"]) == 2
-    assert any("2 of 40 images are there twice" in note for note in report.warnings)
+    assert any("2 of 40 images repeat an earlier one" in note for note in report.warnings)
     assert report.best == {}, "no image is left to choose a stage on"
 
 

@@ -33,12 +33,14 @@ POINT = 1e-3  # spread of features that are one point
 LITTLE = 0.05  # spread above which nothing has collapsed; untrained networks without normalisation have less
 FALL = 10.0, 3.0  # how many times less than at the first look: collapsed, partly
 DIRECTIONS, ROWS = 2.0, 256  # effective number of directions, or a hundredth of all: partly; of so many rows at least
+FEWER = 4.0  # times fewer directions than at the first look: partly. Healthy runs kept two fifths of them or more
+FIRST = ("std", "eval_std", "directions")  # what is held against the first look
 ALIKE = 0.01  # deviation of coarse pictures, below which images show nothing that differs
 
 
 @dataclass
 class Watch:
-    """What is known of a run's health. first: the spread at the first look, in training and in evaluation."""
+    """What is known of a run's health. first: spread in training and in evaluation, and directions, at the first look."""
 
     ring: Ring = field(default_factory=Ring)
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))  # of the last losses to those of chance
@@ -75,7 +77,7 @@ class Watch:
             fresh |= health.guarded(lambda: health.of_ring(rows) | health.of_batch(run, pixels, epoch))
             self.looked = time.monotonic()
             self.spent, self.looks = self.looked - began if self.looks else 0.0, self.looks + 1
-        for name in ("std", "eval_std"):
+        for name in FIRST:
             if name in fresh:
                 self.first.setdefault(name, fresh[name])
         self.told |= fresh
@@ -175,7 +177,7 @@ def remember(watch: Watch, path: Path) -> None:
         figures = json.loads(line).get("health")
         if not isinstance(figures, dict):
             continue
-        for name in ("std", "eval_std"):
+        for name in FIRST:
             if isinstance(figures.get(name), float):
                 watch.first.setdefault(name, figures[name])
         if isinstance(verdict := figures.get("verdict"), str):
@@ -202,10 +204,12 @@ def chance_of(run: Run, figures: Mapping[str, float]) -> tuple[float, float] | N
 
 def verdict_of(watch: Watch, rows: int, dim: int) -> str:
     """Of the newest figures, from `rows` embeddings of `dim` numbers."""
-    falls = [fallen(watch.told[name], watch.first[name]) for name in watch.first if name in watch.told]
+    told, first = watch.told, watch.first
+    falls = [fallen(told[name], first[name]) for name in ("std", "eval_std") if name in told and name in first]
     if COLLAPSED in falls or watch.clusters.get("clusters") == 1:
         return COLLAPSED
-    few = rows >= ROWS and watch.told.get("directions", dim) < max(DIRECTIONS, min(dim, rows) / 100)
+    least = max(DIRECTIONS, min(dim, rows) / 100, first.get("directions", 0.0) / FEWER)
+    few = rows >= ROWS and told.get("directions", dim) < least
     if PARTLY in falls or few:
         return PARTLY
     return HEALTHY if not watch.ratios or min(watch.ratios) < LEARNED else NOT_YET

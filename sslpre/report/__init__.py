@@ -216,17 +216,22 @@ def kept_probe(folder: Path) -> dict[str, Any]:
     """What an earlier report measured; {} where there is none, or it is not what was written."""
     kept = history.facts(folder / PROBE)
     needed = {"step": int, "data_fingerprint": str, "rows": list, "chance": float, "verdict": str, "classes": list}
-    needed |= {"train_images": int, "test_images": int, "split": str}
+    needed |= {"train_images": int, "test_images": int, "split": str, "warnings": list}
     if not all(type(kept.get(key)) is kind for key, kind in needed.items()):
         return {}
-    scores = [row.get(metric) for row in kept["rows"] if isinstance(row, dict) for metric in ("linear", "knn")]
-    whole = all(isinstance(row, dict) and {"weights", "features", "dim"} <= set(row) for row in kept["rows"])
-    fine = all(
-        score is None
-        or (
-            isinstance(score, dict)
-            and all(history.number(score.get(key)) is not None for key in ("accuracy", "low", "high"))
-        )
-        for score in scores
+    return kept if all(map(whole_row, kept["rows"])) and all(map(str_only, kept["warnings"])) else {}
+
+
+def whole_row(row: Any) -> bool:
+    """Is it a row of a table as `sslpre probe --json` has it?"""
+    if not (isinstance(row, dict) and all(map(str_only, (row.get("weights"), row.get("features")))) and "dim" in row):
+        return False
+    scores = [row[metric] for metric in ("linear", "knn") if metric in row]
+    needed = ("accuracy", "low", "high")
+    return all(
+        isinstance(one, dict) and all(history.number(one.get(key)) is not None for key in needed) for one in scores
     )
-    return kept if whole and fine else {}
+
+
+def str_only(value: Any) -> bool:
+    return isinstance(value, str)

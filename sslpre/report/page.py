@@ -330,14 +330,20 @@ def probed(content: Content, across: int) -> str:
     classes, counts = len(report["classes"]), [report["train_images"], report["test_images"]]
     told = (
         f"{report['verdict']} {counts[0]:,} training and {counts[1]:,} test images of {classes:,} classes, "
-        f"{report['split']}; in brackets 95 % bootstrap intervals. That is the output alone; of every stage and image:"
+        f"{report['split']}; in brackets 95 % bootstrap intervals."
     )
     notes = "".join(f"<p class=soft>{text(note)}</p>" for note in report.get("warnings", ()))
     at = paragraph(f"At step {report['step']:,}.") if report.get("step") != content.step else ""
     whole = command("sslpre", "probe", content.run)
     head = ("weights", "features", *(heads[metric] for metric in metrics))
     return section(
-        "How good it is", "probe", paragraph(told), table(head, rows), at, notes, f"<p>The same again: {whole}</p>"
+        "How good it is",
+        "probe",
+        paragraph(told),
+        table(head, rows),
+        at,
+        notes,
+        f"<p>Every stage, on every image: {whole}</p>",
     )
 
 

@@ -115,6 +115,8 @@ def head(content: Content, across: int) -> str:
         steps = f"<li>{text(advice[:1].upper() + advice[1:])}.</li>{steps}"
     worth = f"<p id=worth>Probe: {text(content.probe['verdict'])}</p>" if content.probe else ""
     tone = TONES.get(words, "none")
+    if tone == "good" and content.probe and not beats_random(content.probe):
+        tone = "warn"  # features that differ are not yet features that are worth something
     links = "".join(f"<a href='#{anchor}'>{title}</a>" for anchor, title in anchors(content))
     return f"""<header>
 <h1>{text(name(Path(content.run).name))}</h1>

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import uuid
 from pathlib import Path
 
 
@@ -22,3 +23,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and make the folders above it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        write_synced(temporary, data)
+        temporary.rename(path)
+    except BaseException:  # Ctrl-C too: nothing half made stays
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

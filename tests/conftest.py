@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 pytest.register_assert_rewrite("sslpre.contract")
@@ -19,6 +20,8 @@ from warm import Warm  # noqa: E402
 from sslpre.contract.pair import pair  # noqa: E402, F401  (a fixture: the two processes that serve every test)
 
 torch.set_num_threads(1)
+settings.register_profile("busy", deadline=None)  # a machine with other work takes its time
+settings.load_profile("busy")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sslpre.cli.words import number, one_of, whole
 from sslpre.errors import SslpreError
 from sslpre.shelf import names
 
-VERBS = ("pretrain probe export embed near import pack bench preview report replay recipes").split()
+VERBS = ("pretrain probe export embed near import pack bench check preview report replay recipes").split()
 NEAR = "sslpre pretrain simclr ./images"
 
 
@@ -41,7 +41,7 @@ def test_help(run_cli):
 
 @pytest.mark.parametrize(
     ("verb", "most"),
-    [("", 26), *((verb, {"pretrain": 30, "probe": 26, "bench": 26}.get(verb, 24)) for verb in VERBS)],
+    [("", 26), *((verb, {"pretrain": 30, "probe": 30, "bench": 26}.get(verb, 24)) for verb in VERBS)],
 )
 def test_help_fits_one_screen_and_shows_an_example(run_cli, verb, most):
     done = run_cli(*filter(None, [verb]), "--help")

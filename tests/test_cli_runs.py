@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from sslpre.cli import run as run_words
@@ -159,6 +160,8 @@ def test_probe_says_where_the_test_images_were_pretrained_on(run_cli, here, phot
 def test_the_allowance_of_bad_images_is_shared_by_both_parts(run_cli, here, photos):
     for split in ("train", "test"):
         shutil.copytree(photos, here / "split" / split)
+        for path in (here / "split" / "test").rglob("*.jpg"):
+            ImageOps.mirror(Image.open(path)).save(path)  # copies of training images would not be counted
         (here / "split" / split / "amber" / "00.jpg").write_bytes(b"")
         (here / "split" / split / "birch" / "01.jpg").write_bytes(b"")
     words = ("probe", "--data", "split", "--knn", "--device", "cpu", "--workers", "1", "--max-bad")

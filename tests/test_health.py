@@ -20,8 +20,10 @@ from sslpre.methods import methods
 from sslpre.ops import sphere
 from sslpre.ops.spectrum import DELTA, effective, lidar, rankme
 from sslpre.ops.sphere import alignment, mean_cosine, uniformity
-from sslpre.train import health, loop
-from sslpre.train.health import COLLAPSED, HEALTHY, NOT_YET, PARTLY, Ring, Watch, of_pairs, of_ring, unit, verdict_of
+from sslpre.train import health, loop, verdict
+from sslpre.train import run as runs
+from sslpre.train.health import Ring, of_pairs, of_quick, of_ring, unit
+from sslpre.train.verdict import COLLAPSED, HEALTHY, NOT_YET, PARTLY, Watch, verdict_of
 from sslpre.views.build import centre
 
 
@@ -72,6 +74,13 @@ def test_lidar_is_the_rank_of_scatter_between_in_units_of_within():
     assert lidar(torch.ones(4, 3, 5)) == 0
 
 
+@settings(max_examples=30)
+@given(st.floats(-8, 12), st.integers(1, 6), st.integers(2, 5))
+def test_lidar_of_any_scale_and_rank(power, rank, views):
+    z = drawn(12, views, rank) @ drawn(rank, 6, seed=1) * 10.0**power
+    assert 1 - 1e-6 <= lidar(z) <= 6 + 1e-6
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
 def test_an_effective_rank_is_between_one_and_all(values):
     rank = effective(torch.tensor(values, dtype=torch.float64))
@@ -79,7 +88,7 @@ def test_an_effective_rank_is_between_one_and_all(values):
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=8))
+@given(st.lists(st.integers(1, health.RING), min_size=1, max_size=8))
 def test_the_ring_holds_the_last_ones(sizes):
     ring, numbers = Ring(), []
     for size in sizes:
@@ -92,17 +101,24 @@ def test_the_ring_holds_the_last_ones(sizes):
 
 def test_what_is_not_finite_is_left_out():
     ring = Ring()
+    assert len(ring.finite()) == 0
     ring.add(torch.zeros(3, 3, 4, 4), torch.tensor([[1.0, 2], [math.nan, 1], [math.inf, 0]]))
     assert ring.finite().tolist() == [[1, 2]]
-    assert of_ring(ring.finite()) == {}
+
+
+def test_of_a_large_batch_all_parts_are_remembered():
+    ring = Ring()
+    ring.add(torch.zeros(6000, 3, 4, 4), torch.arange(4).repeat_interleave(1500)[:, None].float())  # as four rotations
+    counts = ring.finite()[:, 0].long().bincount()
+    assert len(ring.finite()) == health.RING and (counts - 512).abs().max() <= 1
 
 
 def test_figures_of_a_ring_and_of_pairs():
-    told = of_ring(drawn(2048, 64).float())
+    told = of_ring(drawn(2048, 64).float()) | of_quick(drawn(2048, 64).float())
     assert told["std"] == pytest.approx(1, abs=0.02)
     assert told["rank"] > 60 and told["directions"] > 60
     assert told["cosine"] == pytest.approx(0, abs=0.01)
-    dead = of_ring(torch.zeros(30, 8))
+    dead = of_ring(torch.zeros(30, 8)) | of_quick(torch.zeros(30, 8))
     assert (dead["std"], dead["rank"], dead["uniformity"], dead["cosine"]) == pytest.approx((0, 0, 0, 1), abs=1e-6)
     x, y = unit(drawn(30, 8)), unit(drawn(30, 8, seed=1))
     told, cosines = of_pairs(x, y), (x @ y.T).numpy()
@@ -111,26 +127,66 @@ def test_figures_of_a_ring_and_of_pairs():
     assert told["alignment"] == pytest.approx(2 - 2 * told["positive_cosine"])
 
 
-def test_verdicts():
-    ring = {name: of_ring(rows.float()) for name, rows in {
-        "spread": drawn(300, 64),
-        "one point": drawn(1, 64).expand(300, -1) + 1e-5 * drawn(300, 64),
-        "near one point": drawn(1, 64) + 0.03 * drawn(300, 64),
-        "a line": drawn(300, 1) * drawn(1, 64, seed=1) + 2 * drawn(1, 64, seed=2),
-    }.items()}  # fmt: skip
-    for ratio in (None, 0.5, 1.0):
-        assert verdict_of(ring["one point"], ratio) == COLLAPSED
-        assert verdict_of(ring["near one point"], ratio) == PARTLY
-        assert verdict_of(ring["a line"], ratio) == PARTLY
-    assert [verdict_of(ring["spread"], ratio) for ratio in (None, 0.97, 0.99, 1.5)] == [
-        HEALTHY,
-        HEALTHY,
-        NOT_YET,
-        NOT_YET,
-    ]
+def judged(rows, ratio=None, first=None, count=300):
+    watch = Watch()
+    watch.told = of_quick(rows.float()) | of_ring(rows.float())
+    watch.first = {"std": watch.told["std"] if first is None else first}
+    watch.ratios.extend([] if ratio is None else [ratio])
+    return verdict_of(watch, count, rows.shape[1])
 
 
-def toward(run, pixels):
+@pytest.mark.parametrize("ratio", [None, 0.5, 1.0])
+def test_verdicts_of_features(ratio):
+    spread, direction = drawn(300, 64), drawn(1, 64, seed=1)
+    well = HEALTHY if ratio != 1 else NOT_YET
+    assert judged(direction + 1e-5 * spread, ratio) == COLLAPSED  # one point, whatever it was before
+    assert judged(spread, ratio) == well
+    near = direction + 0.01 * spread  # as of untrained networks without normalisation, or fallen so low
+    assert judged(near, ratio) == well
+    assert judged(near, ratio, first=0.04) == PARTLY
+    assert judged(near, ratio, first=0.8) == COLLAPSED
+    line = drawn(300, 1) * direction + 2 * drawn(1, 64, seed=2)
+    assert judged(line, ratio) == PARTLY
+    assert judged(line[:16], ratio, count=16) == well  # too few to tell
+
+
+def test_verdicts_of_losses_and_clusters():
+    spread = drawn(300, 64)
+    assert [judged(spread, ratio) for ratio in (None, 0.97, 0.99, 1.5)] == [HEALTHY, HEALTHY, NOT_YET, NOT_YET]
+    watch = Watch(told={"std": 1.0}, first={"std": 1.0}, clusters={"clusters": 1})
+    assert verdict_of(watch, 300, 64) == COLLAPSED
+
+
+def test_features_alike_in_evaluation_alone_have_collapsed():
+    """Batch normalisation spreads in training what is a point where its running statistics are used."""
+    watch = Watch(told={"std": 0.8, "eval_std": 1e-4}, first={"std": 0.8, "eval_std": 0.7})
+    assert verdict_of(watch, 300, 64) == COLLAPSED
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_resnet"])
+def test_untrained_networks_are_not_ill_on_dark_images_that_differ_little(backbone, tmp_path, always, monkeypatch):
+    dim = loop.take_step
+
+    def dark(run, pixels, epoch):
+        pixels.pixels = (pixels.pixels // 8).contiguous()  # as of cells under a microscope
+        dim(run, pixels, epoch)
+
+    monkeypatch.setattr(loop, "take_step", dark)
+    run = start(
+        "rotation",
+        tmp_path,
+        count=40,
+        encoder={"backbone": backbone},
+        optim={"lr": 1e-5},
+        train={"epochs": 2, "batch_size": 20},
+    )
+    monkeypatch.setattr("sslpre.train.metrics.LOG_STEPS", 1)
+    loop.train(run)
+    assert len(verdicts(run)) == 4
+    assert not {told for _, told in verdicts(run)} & {PARTLY, COLLAPSED}
+
+
+def black(run):
     """An encoder whose features are those of a black image, whatever it is shown."""
     encoder = run.objective.encoder
     encoder.prepare = types.MethodType(lambda self, x: torch.zeros_like(type(self).prepare(self, x)), encoder)
@@ -147,7 +203,7 @@ def verdicts(run):
 @pytest.fixture
 def always(monkeypatch):
     """Every line of the log has its figures, however long that takes; ends of epochs have none."""
-    monkeypatch.setattr(health, "SHARE", math.inf)
+    monkeypatch.setattr(verdict, "SHARE", math.inf)
     monkeypatch.setattr(Watch, "survey", lambda self, run: {})
 
 
@@ -158,7 +214,7 @@ def short(method: str, folder: Path, **train) -> loop.Run:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_a_constant_encoder_has_collapsed_within_50_steps(method, tmp_path, always, capsys):
     run = short(method, tmp_path, on_collapse="stop")
-    toward(run, None)
+    black(run)
     with pytest.raises(SslpreError) as failed:
         loop.train(run)
     assert failed.value.code == 11
@@ -167,8 +223,6 @@ def test_a_constant_encoder_has_collapsed_within_50_steps(method, tmp_path, alwa
     assert f"--lr {run.recipe.optim.lr / 10:.1g}" in failed.value.hint and "--on-collapse warn" in failed.value.hint
     assert "warning: collapsed: " in capsys.readouterr().err
     again = short(method, tmp_path, on_collapse="warn")  # it was saved where it stopped
-    from sslpre.train import run as runs
-
     runs.go_on(again)
     assert again.step == run.step
 
@@ -186,7 +240,7 @@ def test_a_healthy_run_is_never_said_to_collapse(method, seed, tmp_path, always,
 
 
 def test_lines_of_a_run_of_two_views(tmp_path, monkeypatch):
-    monkeypatch.setattr(health, "SHARE", math.inf)
+    monkeypatch.setattr(verdict, "SHARE", math.inf)
     monkeypatch.setattr(health, "IMAGES", 16)
     run = short("simclr", tmp_path)
     loop.train(run)
@@ -196,15 +250,89 @@ def test_lines_of_a_run_of_two_views(tmp_path, monkeypatch):
         assert line["chance"] == pytest.approx(math.log(7))
         told = line["health"]
         assert told["alignment"] == pytest.approx(2 - 2 * told["positive_cosine"], rel=1e-3)
-        assert {"std", "rank", "uniformity", "cosine", "negative_cosine", "advice"} <= told.keys()
+        names = "std eval_std rank directions uniformity cosine negative_cosine advice"
+        assert set(names.split()) <= told.keys()
     surveys = [line for line in written if "lidar" in line.get("health", {})]
     assert [line["step"] for line in surveys] == [10, 20, 30, 40]
     assert all(1 <= line["health"]["lidar"] <= run.objective.encoder.dim for line in surveys)
+    assert all(line["health"]["images"] == 14 for line in surveys)  # every third of 40
+
+
+def test_a_short_run_is_surveyed_at_its_end_with_fewer_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "FEWEST", 8)
+    monkeypatch.setattr(verdict, "SHARE", 10 * 10 * 32**2 / (3 * 40 * 4 * 4 * 32**2))  # time for ten images in all
+    run = short("rotation", tmp_path)
+    loop.train(run)
+    (told,) = [line for line in lines(run) if "lidar" in line.get("health", {})]
+    assert told["step"] == 40 and told["health"]["images"] == 10 and "alignment" in told["health"]
+
+
+def test_clusters_are_told(tmp_path, always):
+    run = start("deepcluster", tmp_path, count=80, method={"reassign": 1}, train={"epochs": 2, "batch_size": 4})
+    loop.train(run)
+    told = [line["health"] for line in lines(run) if "verdict" in line.get("health", {})]
+    assert all(line["clusters"] == 2 for line in told) and "nmi" not in told[0] and 0 <= told[-1]["nmi"] <= 1
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.linalg.LinAlgError("not definite")])
+def test_no_run_ends_because_it_was_looked_at(error, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(verdict, "SHARE", math.inf)
+    for name in ("encoded", "rankme", "lidar"):
+        monkeypatch.setattr(health, name, fail)
+    run = short("simclr", tmp_path, epochs=2, monitor="knn")
+    loop.train(run)
+    assert [told for _, told in verdicts(run)] == [HEALTHY]
+    assert f"left out: {error}" in capsys.readouterr().err
+    monkeypatch.setattr(health, "rankme", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours is one
+        loop.train(short("simclr", tmp_path / "wrong"))
+
+
+def test_what_was_said_is_not_said_again_after_a_resume(tmp_path, always, capsys):
+    run = short("rotation", tmp_path)
+    black(run)
+    loop.train(run)
+    assert capsys.readouterr().err.count("warning: collapsed") == 1
+    with verdict.watching(run) as watch:
+        assert (watch.verdict, watch.said, watch.since) == (COLLAPSED, COLLAPSED, 20)
+        assert watch.first["std"] < 1e-3
+
+
+def test_a_resume_that_is_refused_changes_no_recipe(tmp_path, run_cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    drawn_colours = np.random.default_rng(0).integers(0, 255, (40, 3))
+    for number, colour in enumerate(drawn_colours.tolist()):
+        Image.new("RGB", (40, 40), tuple(colour)).save(tmp_path / "images" / f"{number}.png")
+    words = ["--backbone", "test_resnet", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--device", "cpu"]
+    assert run_cli("pretrain", "rotation", "images", "--out", "run", *words).code == 0
+    before = (tmp_path / "run" / "recipe.toml").read_bytes()
+    done = run_cli("pretrain", "--resume", "run", "--monitor", "knn", "--device", "cpu")
+    assert done.code == 4 and "hint: --monitor none" in done.err
+    assert (tmp_path / "run" / "recipe.toml").read_bytes() == before
+    assert run_cli("pretrain", "--resume", "run", "--on-collapse", "stop", "--device", "cpu").code == 0
+    assert 'on_collapse = "stop"' in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_a_map_and_chunks_are_heard_once(tmp_path):
+    heard = []
+    for method, backbone, rows in (("colorization", "test_vit", 8), ("simclr", "test_resnet", 16)):
+        parts = {"batch_size": 8, "micro_batch": 4}
+        run = start(method, tmp_path / method, encoder={"backbone": backbone}, train=parts)
+        run.objective.encoder.listener = lambda x, z: heard.append(tuple(z.shape))
+        for pixels in run.stream.steps(0, 1):
+            loop.take_step(run, pixels, 0)
+        assert sum(n for n, _ in heard) == rows and {d for _, d in heard} == {run.objective.encoder.dim}
+        heard.clear()
 
 
 def test_a_survey_is_the_same_however_the_images_come(tmp_path):
     run = short("simclr", tmp_path)
     whole = health.many_views(run, range(0, 40, 3))
+    assert whole is not None
     assert whole.shape == (14, health.VIEWS, run.objective.encoder.dim)
     assert not torch.equal(whole[:, 0], whole[:, 1])
     run.part = 3
@@ -214,12 +342,15 @@ def test_a_survey_is_the_same_however_the_images_come(tmp_path):
 def test_looking_changes_no_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(health, "IMAGES", 16)
     ends = []
-    for share in (math.inf, 0.0):
-        monkeypatch.setattr(health, "SHARE", share or 1e-12)
+    for share in (math.inf, None):
         run = short("simclr", tmp_path / str(share))
+        if share is None:
+            monkeypatch.setattr(Watch, "look", lambda *_: {})
+            monkeypatch.setattr(Watch, "survey", lambda *_: {})
+        monkeypatch.setattr(verdict, "SHARE", share or 1)
         loop.train(run)
         ends.append({name: tensor.clone() for name, tensor in run.objective.state_dict().items()})
-        assert len(verdicts(run)) == (2 if share else 1)  # the first look has no time of its own yet
+        assert len(verdicts(run)) == (2 if share else 0)
         assert run.objective.encoder.listener is None
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -229,16 +360,16 @@ def test_knn_of_an_encoder_that_knows_the_classes_and_of_one_that_does_not(tmp_p
     labels = torch.from_numpy(run.stream.source.labels)
     loop.train(run)
     (told,) = [line["health"]["knn"] for line in lines(run) if "knn" in line.get("health", {})]
-    z, index = health.of_images(run, range(60), 1, lambda some: [centre(some.pixels, some.size, 32)])
+    z, index = health.of_images(run, range(60), 1, lambda some: iter([centre(some.pixels, some.size, 32)]))
     assert index.tolist() == list(range(60))
     x = F.normalize(z[:, 0], dim=1)
     cosines = (x @ x.T).fill_diagonal_(-2)
     closest, nearest = cosines.topk(20)
     votes = torch.zeros(60, 10).scatter_add_(1, labels[nearest], (closest / 0.07).exp())
     assert told == pytest.approx((votes.argmax(1) == labels).float().mean().item(), abs=1e-4)
-    monkeypatch.setattr(health, "encoded", lambda run, views: [F.one_hot(labels[:20], 96).float() for _ in views])
+    monkeypatch.setattr(health, "encoded", lambda run, view: F.one_hot(labels[: len(view)], 96).float())
     assert health.neighbours(run) == {"knn": 1.0}  # as every batch of 20 has two images of each class
-    monkeypatch.setattr(health, "encoded", lambda run, views: [torch.randn(len(views[0]), 96) for _ in views])
+    monkeypatch.setattr(health, "encoded", lambda run, view: torch.randn(len(view), 96))
     assert health.neighbours(run)["knn"] < 0.5
 
 
@@ -249,22 +380,29 @@ def test_knn_needs_labels(tmp_path, run_cli):
     assert done.code == 4
     assert done.err.splitlines()[-2:] == [
         f"error: no labels to monitor with in `{tmp_path}`",
-        "hint: leave --monitor out",
+        "hint: --monitor none",
     ]
 
 
-def test_a_look_that_was_dear_is_not_repeated_at_once(tmp_path, monkeypatch):
+def test_what_was_dear_is_not_repeated_at_once_the_rest_is(tmp_path, monkeypatch):
     run = short("rotation", tmp_path)
     watch = Watch()
     watch.ring.add(torch.zeros(64, 3, 8, 8), drawn(64, 16).float())
     clock = [100.0]
-    monkeypatch.setattr(health.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(verdict.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(health, "of_ring", lambda rows: clock.__setitem__(0, clock[0] + 1) or of_ring(rows))
-    assert watch.look(run, None, 0, {"loss": 1.0})["health"]["verdict"] == HEALTHY
+    monkeypatch.setattr(health, "of_batch", lambda *_: {})
+
+    def look():
+        told = watch.look(run, None, 0, {"loss": 1.0})
+        assert told["health"]["verdict"] == HEALTHY and told["chance"] == pytest.approx(math.log(4))
+        return "rank" in told["health"]
+
+    assert [look(), look(), look()] == [True, True, False]  # the first may compile: its time says nothing
     clock[0] += 49
-    assert watch.look(run, None, 0, {"loss": 1.0}) == {}
+    assert not look()
     clock[0] += 2
-    assert watch.look(run, None, 0, {"loss": 1.0})["chance"] == pytest.approx(math.log(4))
+    assert look()
 
 
 def test_not_yet_learning_is_said_once_and_late(tmp_path, capsys):
@@ -280,12 +418,45 @@ def test_not_yet_learning_is_said_once_and_late(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert told[0].startswith("warning: not yet learning: the loss is that of guessing") and "--lr 0.0003" in told[0]
+    watch.ratios.append(1.5)
+    assert "above that of guessing" in watch.advice(run) and "--lr 0.003" not in watch.advice(run)
+    watch.told["images_std"] = 0.001
+    assert "hardly differs from image to image" in watch.advice(run)
 
 
 def test_what_a_method_is_judged_by(tmp_path):
-    assert health.chance_of(short("rotation", tmp_path / "r"), {"loss": 2.0}) == (2.0, pytest.approx(math.log(4)))
+    assert verdict.chance_of(short("rotation", tmp_path / "r"), {"loss": 2.0}) == (2.0, pytest.approx(math.log(4)))
     paint = short("inpainting", tmp_path / "i")
-    assert health.chance_of(paint, {"encoder.rec": 0.1, "encoder.blank": 0.4}) == (0.1, 0.4)
+    assert verdict.chance_of(paint, {"encoder.rec": 0.1, "encoder.flat": 0.4}) == (0.1, 0.4)
     colour = short("colorization", tmp_path / "c")
-    assert health.chance_of(colour, {"loss": 3.0, "constant": 4.5}) == (3.0, 4.5)
-    assert health.chance_of(colour, {"loss": 3.0}) is None
+    assert verdict.chance_of(colour, {"loss": 3.0, "constant": 4.5}) == (3.0, 4.5)
+    assert verdict.chance_of(colour, {"loss": 3.0}) is None
+
+
+def in_a_pair(folder, dead):
+    """How a run of two processes ends, with every figure it can have; SHARE is put back for the tests after it."""
+    share, verdict.SHARE = verdict.SHARE, math.inf
+    try:
+        run = start(
+            "simclr",
+            Path(folder),
+            count=40,
+            train={"epochs": 3, "batch_size": 4, "on_collapse": "stop", "monitor": "knn"},
+        )
+        if dead:
+            black(run)
+        loop.train(run)
+        return run.step, 0
+    except SslpreError as error:
+        return run.step, error.code
+    finally:
+        verdict.SHARE = share
+
+
+def test_two_processes_survey_together_and_stop_together(tmp_path, pair):
+    assert pair.run(in_a_pair, str(tmp_path / "well"), False) == [(30, 0), (30, 0)]
+    told = [json.loads(line) for line in (tmp_path / "well" / "metrics.jsonl").read_text().splitlines()]
+    surveys = [line["health"] for line in told if "lidar" in line.get("health", {})]
+    assert len(surveys) == 3 and all(1 < one["lidar"] <= 96 and 0 <= one["knn"] <= 1 for one in surveys)
+    ended = pair.run(in_a_pair, str(tmp_path / "ill"), True)
+    assert ended[0] == ended[1] and ended[0][1] == 11

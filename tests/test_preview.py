@@ -367,7 +367,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
         path.write_bytes(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sslpre.preview.sheet.write_synced", full)
+    monkeypatch.setattr("sslpre.synced.write_synced", full)
     with pytest.raises(SslpreError, match=r"cannot write `.*a\.png`: no space left on device"):
         write(Image.new("RGB", (8, 8)), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

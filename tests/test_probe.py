@@ -1,5 +1,8 @@
 """The probe: held to scikit-learn on the same features, to what is known of its baselines, and to leaving no trace."""
 
+import copy
+import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -13,16 +16,24 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from sslpre import probe as probing
 from sslpre.data import BadImage
 from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
-from sslpre.probe import Report, Row, Score, interval, knn, linear, probe
+from sslpre.probe import Asked, Question, Report, Row, Score, finetune, interval, knn, linear, probe
+from sslpre.probe import exam as probing
+from sslpre.probe.duplicates import Duplicates
 from sslpre.probe.features import Layout, describe, fingerprint, grid, layout, random_twin, readings
 from sslpre.probe.judge import Answers, Judge, best
+from sslpre.probe.questions import DRAWS, subset
 
 PLAN = Layout(("a", "b", "c", "d", "output"), (0, 1, 2, 3, None), (1, 1, 1, 1, 1), True, ())
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LINEAR, KNN = Question("linear"), Question("knn", k=20)
+
+
+def score(row, metric):
+    """The row's score of the first question of this metric."""
+    return next(one for question, one in row.scores.items() if question.metric == metric)
 
 
 class Pictures:
@@ -66,6 +77,32 @@ class Shrink(nn.Module):
         if self.moves:
             self.norm.running_mean += 1e-7
         return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+class Tiny(nn.Module):
+    """Stands for a timm model that can be trained in no time."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.first(x)).relu().mean((2, 3))
+
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda name, **arguments: Shrink())
+    return Encoder(Shrink(), "shrink", {}, 16, MEAN, STD)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda name, **arguments: Tiny())
+    torch.manual_seed(0)
+    return Encoder(Tiny(), "tiny", {}, 16, MEAN, STD)
 
 
 def encoder(name="test_vit2", side=16):
@@ -220,11 +257,11 @@ def test_knn_is_a_weighted_vote():
 
 def test_the_interval_is_that_of_a_proportion():
     right = torch.arange(2000) % 10 < 7
-    score = interval(right[None], seed=0)
+    score = interval(right[None, None], seed=0)
     half = 1.96 * math.sqrt(0.7 * 0.3 / 2000)
     assert score.accuracy == pytest.approx(0.7)
     assert score.low == pytest.approx(0.7 - half, abs=0.004) and score.high == pytest.approx(0.7 + half, abs=0.004)
-    three = interval(torch.stack([right, right.roll(1), right.roll(5)]), seed=0)
+    three = interval(torch.stack([right, right.roll(1), right.roll(5)])[:, None], seed=0)
     assert three.accuracy == pytest.approx(0.7) and three.high - three.low < score.high - score.low
 
 
@@ -359,34 +396,34 @@ def test_noise_is_worth_chance_and_colour_is_found():
     labels, test_labels = np.arange(300) % 3, np.arange(240) % 3
     blind = run(encoder(), Pictures(labels), Pictures(test_labels, seed=1))
     for row in blind.rows:
-        for score in (row.linear, row.knn):
-            assert score.low - 0.02 <= 1 / 3 <= score.high + 0.02
-    assert not any(blind.beats()["linear"].values())
+        for one in row.scores.values():
+            assert one.low - 0.02 <= 1 / 3 <= one.high + 0.02
+    assert not any(blind.beats()[LINEAR].values())
     assert blind.chance == pytest.approx(1 / 3)
     assert "not above chance" in blind.verdict()
 
     seeing = run(encoder(), Pictures(labels, 0.3), Pictures(test_labels, 0.3, seed=1))
-    assert seeing.last("raw pixels").linear.accuracy > 0.95
-    assert seeing.beats()["linear"]["chance"] and seeing.beats()["knn"]["chance"]
+    assert score(seeing.last("raw pixels"), "linear").accuracy > 0.95
+    assert seeing.beats()[LINEAR]["chance"] and seeing.beats()[KNN]["chance"]
     stages = [f"blocks.{at}" for at in range(8)]
     assert [row.features for row in seeing.rows] == [*stages, "output"] * 2 + ["16x16"]
     assert [row.weights for row in seeing.rows] == ["encoder"] * 9 + ["random weights"] * 9 + ["raw pixels"]
     assert [row.stage for row in seeing.rows] == [*range(8), None] * 2 + [None]
-    assert len(set(seeing.last("random weights").linear.strengths)) == 1, "the first seed's, for all three"
-    assert len(seeing.last("random weights").linear.strengths) == 3
+    assert len(set(score(seeing.last("random weights"), "linear").strengths)) == 1, "the first seed's, for all three"
+    assert len(score(seeing.last("random weights"), "linear").strengths) == 3
 
 
 def test_test_labels_choose_nothing_and_kept_views_change_nothing(monkeypatch):
     train, test = Pictures(np.arange(90) % 3, 0.05), Pictures(np.arange(60) % 3, 0.05, seed=1)
     one = run(encoder(), train, test)
-    strengths = [row.linear.strengths for row in one.rows]
+    strengths = [score(row, "linear").strengths for row in one.rows]
     assert run(encoder(), train, test).json() == one.json()
-    monkeypatch.setattr("sslpre.probe.VIEWS", 0)
-    monkeypatch.setattr("sslpre.probe.FEATURES", 0)  # one set of features at a time
+    monkeypatch.setattr("sslpre.probe.images.VIEWS", 0)
+    monkeypatch.setattr("sslpre.probe.exam.FEATURES", 0)  # one set of features at a time
     assert run(encoder(), train, test).json() == one.json()
     test.labels = test.labels[::-1].copy()
     other = run(encoder(), train, test)
-    assert [row.linear.strengths for row in other.rows] == strengths and other.json() != one.json()
+    assert [score(row, "linear").strengths for row in other.rows] == strengths and other.json() != one.json()
     assert other.best == one.best, "the best stage is chosen without them too"
 
 
@@ -395,7 +432,7 @@ def test_bad_images_are_left_out_with_their_labels():
     train, test = Pictures(labels, 0.6, bad=[0, 1, 63]), Pictures(labels, 0.6, seed=1, bad=[5])
     report = run(encoder(), train, test, max_bad=0.1)
     assert (report.train_images, report.test_images) == (117, 119)
-    assert report.last("raw pixels").knn.accuracy == 1.0  # no image has the label of another
+    assert score(report.last("raw pixels"), "knn").accuracy == 1.0  # no image has the label of another
     assert any("4 images could not be read" in note for note in report.warnings)
     with pytest.raises(SslpreError) as error:
         run(encoder(), train, test)
@@ -408,27 +445,20 @@ def test_labels_are_matched_by_name():
     test = Pictures(counted, 0.6, seed=1, classes=["ash", "elm", "yew"])
     test.labels[:6] = -1
     report = run(encoder(), train, test)
-    assert report.last("raw pixels").knn.accuracy == 1.0
+    assert score(report.last("raw pixels"), "knn").accuracy == 1.0
     assert report.classes == ("oak", "elm", "ash")
     assert report.unlabelled == 6 and report.test_images == 56
     assert any(note.startswith("28 test images left out") for note in report.warnings)
 
 
-def test_without_a_test_split_a_fifth_is_held_back():
+def test_without_a_test_split_a_fifth_is_held_back(shrunk):
     labels = np.concatenate([np.zeros(50), np.ones(30), -np.ones(7)]).astype(int)
-    report = run(encoder(), Pictures(labels, 0.5))
+    report = run(shrunk, Pictures(labels, 0.5))
     assert (report.train_images, report.test_images, report.unlabelled) == (64, 16, 7)
     assert report.majority_chance == pytest.approx(10 / 16) and report.chance == report.majority_chance
+    assert report.alone.images == 80 and report.chance_of(KNN) == 50 / 80
     unlabelled = Pictures(np.full(9, -1), classes=[])
-    assert run(encoder(), Pictures(labels, 0.5), unlabelled).test_images == 16
-
-
-def test_test_images_that_are_training_images_are_counted():
-    train, test = Pictures(np.arange(60) % 2), Pictures(np.arange(12) % 2, seed=1)
-    assert not any("pixel for pixel" in note for note in run(encoder(), train, test, linear=False).warnings)
-    test.pixels[3:8] = train.pixels[40:45]
-    warnings = run(encoder(), train, test, linear=False).warnings
-    assert any("5 of 12 test images are also training images" in note for note in warnings)
+    assert run(shrunk, Pictures(labels, 0.5), unlabelled).test_images == 16
 
 
 @pytest.mark.parametrize("labels", [[-1] * 8, [0] * 8, [0, 1]])
@@ -438,11 +468,321 @@ def test_no_labels_to_probe_with(labels):
     assert error.value.code == 4 and "--data" in error.value.hint
 
 
-def test_few_images_mean_fewer_neighbours():
-    report = run(encoder(), Pictures(np.arange(10) % 2, 0.5), linear=False)
-    assert report.k == report.train_images == 8
-    assert report.rows[0].linear is None and "linear" not in report.json()["rows"][0]
-    assert any("k is 8, not 20" in note for note in report.warnings)
+def test_few_images_mean_fewer_neighbours(shrunk):
+    report = run(shrunk, Pictures(np.arange(10) % 2, 0.5), linear=False, ks=(5, 20, 200))
+    assert report.k == report.train_images == 9 and report.test_images == 10
+    assert [question.k for question in report.questions] == [5, 9]
+    assert "linear" not in report.json()["rows"][0]
+    assert any("k is 9, not 20 or 200" in note for note in report.warnings)
+
+
+# ---- copies
+
+
+def test_test_images_that_are_training_images_are_left_out(shrunk):
+    train, test = Pictures(np.arange(60) % 2, 0.2), Pictures(np.arange(40) % 2, 0.2, seed=1)
+    clean = run(shrunk, train, test, ks=(1,))
+    assert clean.duplicates == Duplicates(40, 0, 0) and not any("pixel for pixel" in note for note in clean.warnings)
+    with_them = Pictures(np.arange(45) % 2, 0.2, seed=2)
+    with_them.pixels[:40] = test.pixels
+    with_them.pixels[40:] = train.pixels[40:45]  # with the right labels: they would all be answered right at k = 1
+    report = run(shrunk, train, with_them, ks=(1,))
+    assert report.duplicates.json() == {"images": 45, "removed": 5, "nearly": 0, "left": 40}
+    assert report.test_images == 40
+    for mine, theirs in zip(report.rows, clean.rows, strict=True):
+        one, other = score(mine, "linear"), score(theirs, "linear")
+        assert (one.accuracy, one.low, one.high) == (other.accuracy, other.low, other.high), "as if they were not there"
+        near = score(mine, "knn")
+        assert near.with_duplicates == pytest.approx((40 * near.accuracy + 5) / 45)
+    note = next(note for note in report.warnings if "pixel for pixel" in note)
+    assert note.startswith(
+        "5 of 45 test images are also training images, pixel for pixel: 40 are left; with them linear"
+    )
+    assert report.json()["rows"][0]["linear"]["with_duplicates"] >= 0
+
+
+def test_a_test_split_of_copies_alone_is_refused(shrunk):
+    train = Pictures(np.arange(20) % 2)
+    with pytest.raises(SslpreError, match="every test image of `in memory` is a training image") as error:
+        run(shrunk, train, Pictures(np.arange(20) % 2))
+    assert error.value.code == 4
+
+
+def smooth(labels, seed):
+    """Pictures whose perceptual hashes are far apart, and stay when a pixel changes a little."""
+    found = Pictures(labels, 0.0, seed, side=32)
+    draw = np.random.default_rng(seed)
+    for image in found.pixels:
+        waves = sum(
+            draw.normal() * np.cos(np.pi * (a * np.arange(32)[:, None] + b * np.arange(32)) / 32 + draw.uniform(0, 6))
+            for a in range(5)
+            for b in range(5)
+        )
+        image[:] = (127 + 12 * waves[..., None]).clip(0, 255).astype(np.uint8)
+    return found
+
+
+def test_near_duplicates_are_counted_and_named_but_stay(shrunk):
+    shrunk.image_size = 32
+    train, test = smooth(np.arange(30) % 2, 0), smooth(np.arange(20) % 2, 1)
+    test.pixels[4] = train.pixels[7]
+    test.pixels[5] = np.clip(train.pixels[8].astype(int) + 2, 0, 255)
+    test.pixels[9] = train.pixels[7].astype(int).clip(3, 250)
+    test.pixels[9, 0, 0] += 1
+    report = run(shrunk, train, test, side=32, linear=False, pairs=True)
+    assert report.duplicates == Duplicates(
+        20,
+        1,
+        2,
+        (
+            ("exact", "in memory/7.png", "in memory/4.png"),
+            ("near", "in memory/8.png", "in memory/5.png"),
+            ("near", "in memory/7.png", "in memory/9.png"),
+        ),
+    )
+    assert report.test_images == 19 and any("2 of 19 test images nearly equal" in note for note in report.warnings)
+    assert "exact  in memory/7.png  in memory/4.png" in report.table().splitlines()
+    assert run(shrunk, train, test, side=32, linear=False).duplicates.json()["nearly"] == 2, "not named"
+
+
+def test_leave_one_out_leaves_copies_out_too(shrunk):
+    shrunk.image_size = 32
+    whole = smooth(np.arange(40) % 2, 0)
+    whole.pixels[30], whole.pixels[31] = whole.pixels[2], whole.pixels[2]
+    report = run(shrunk, whole, side=32, linear=False, ks=(1,), pairs=True)
+    assert (report.duplicates.images, report.duplicates.removed) == (40, 2)
+    assert (report.train_images, report.test_images, report.alone.images) == (37, 38, 38)
+    assert len([pair for pair in report.duplicates.pairs if pair[0] == "exact"]) == 2
+    assert any("2 of 40 images repeat an earlier one" in note for note in report.warnings)
+    assert report.best == {}, "no image is left to choose a stage on"
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_leave_one_out_equals_a_slow_loop(chunk, monkeypatch):
+    x, y, _, _, classes = feature_set("tall")
+    x, y = x[:80], y[:80]
+    monkeypatch.setattr(knn, "CHUNK", chunk * len(x))
+    found = knn.votes(x, y, None, classes, (1, 5, 79, 500))
+    assert found.shape == (4, 80)
+    for row, k in enumerate((1, 5, 79, 79)):
+        for i in range(80):
+            others = torch.arange(80) != i
+            assert found[row, i] == knn.predict(x[others], y[others], x[i : i + 1], classes, k)[0]
+    assert torch.equal(found[2], found[3])
+    several = knn.votes(x[:60], y[:60], x[60:], classes, (1, 5, 20))
+    assert torch.equal(several, torch.stack([knn.predict(x[:60], y[:60], x[60:], classes, k) for k in (1, 5, 20)]))
+
+
+# ---- shares of the labels
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=2, max_size=120),
+    share=st.floats(0.1, 100, exclude_min=True),
+    seed=st.integers(0, 99),
+)
+def test_subsets_are_balanced_and_their_draws_disjoint_where_they_can_be(labels, share, seed):
+    labels = np.array(labels)
+    draws = [subset(labels, share, draw, seed) for draw in range(DRAWS)]
+    for one in np.unique(labels):
+        own = np.flatnonzero(labels == one)
+        taken = [set(rows) & set(own) for rows in draws]
+        wanted = max(1, round(share * len(own) / 100))
+        assert [len(some) for some in taken] == [wanted] * DRAWS
+        if DRAWS * wanted <= len(own):
+            assert len(set.union(*taken)) == DRAWS * wanted
+    for rows in draws:
+        assert all(np.diff(rows) > 0)
+    assert np.array_equal(subset(labels, share, 3, seed), draws[3])
+
+
+def test_subsets_depend_on_the_seed():
+    labels = np.arange(400) % 4
+    assert not np.array_equal(subset(labels, 10, 0, 0), subset(labels, 10, 0, 1))
+
+
+def test_a_tenth_of_the_labels_agrees_with_scikit_learn(shrunk):
+    labels, test_labels = np.arange(400) % 4, np.arange(200) % 4
+    train, test = Pictures(labels, 0.08), Pictures(test_labels, 0.08, seed=1)
+    report = run(shrunk, train, test, knn=False, shares=(10, 100))
+    tenth, whole = report.last("raw pixels").scores.values()
+    x, x_test = ((one.pixels.transpose(0, 3, 1, 2).reshape(len(one), -1) / 255 - 0.45) / 0.226 for one in (train, test))
+    theirs = []
+    for draw, strength in enumerate(tenth.strengths):
+        rows = subset(labels, 10, draw, 0)
+        assert np.bincount(labels[rows]).tolist() == [10] * 4
+        mean, std = x[rows].mean(0), x[rows].std(0)
+        fit = LogisticRegression(C=strength, tol=1e-8, max_iter=20_000).fit((x[rows] - mean) / std, labels[rows])
+        theirs.append(fit.score((x_test - mean) / std, test_labels))
+    assert tenth.accuracy == pytest.approx(np.mean(theirs), abs=0.01) and tenth.draws == 5
+    assert tenth.std == pytest.approx(np.std(theirs, ddof=1), abs=0.01)
+    assert 0.3 < tenth.accuracy < whole.accuracy and whole.std is None
+    assert report.counts == {10: 40, 100: 400}
+    assert [question.key for question in report.questions] == ["linear 10%", "linear"]
+    told = report.table()
+    assert "linear %, 10 % labels" in told and "10 % 40 images" in told and max(map(len, told.splitlines())) <= 80
+    assert "(linear with 10 % of the labels" in report.verdict()
+
+
+@pytest.mark.parametrize("single", [None, torch.arange(900)])
+def test_random_features_are_at_chance(single):
+    """Every question, with and without a test split."""
+    draw = torch.Generator().manual_seed(3)
+    y, y_test = torch.arange(300) % 3, torch.arange(600) % 3
+    asked = Asked(True, True, False, (2.0, 10.0, 100.0), (1, 5, 20))
+    judge = Judge(y, y_test, 3, asked, seed=0, single=single)
+    features = torch.randn(900, 12, generator=draw)
+    scores = judge.scores([judge.answers(features[:300], features[300:], scaled=False)])
+    assert list(scores) == list(asked.all)
+    for question, one in scores.items():
+        assert one.low <= 1 / 3 <= one.high, question
+        assert one.high - one.low < 0.12
+
+
+def test_intervals_are_of_draws_too():
+    """Draws that are all right or all wrong: the test images say nothing, and still the interval is wide."""
+    right = torch.zeros(1, 5, 300, dtype=torch.bool)
+    right[0, :2] = True
+    found = interval(right, seed=0)
+    assert found.accuracy == pytest.approx(0.4) and found.std == pytest.approx(math.sqrt(0.3))
+    assert found.low <= 0.01 and found.high >= 0.79
+
+
+def test_csv_has_a_line_for_every_number(shrunk):
+    report = run(shrunk, Pictures(np.arange(60) % 3, 0.3), shares=(10, 100), ks=(1, 5))
+    lines = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(lines) == 4 * (len(report.rows) + 1)
+    keys = [(line["weights"], line["features"], line["metric"], line["labels_percent"], line["k"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    for line in lines:
+        assert line["encoder_hash"] == report.encoder_hash and line["classes"] == "3"
+        if line["weights"] == "chance":
+            assert float(line["mean"]) == pytest.approx(1 / 3, abs=0.03) and line["low"] == ""
+            continue
+        row = next(r for r in report.rows if (r.weights, r.features) == (line["weights"], line["features"]))
+        one = row.scores[Question(line["metric"], float(line["labels_percent"]), int(line["k"] or 0))]
+        assert [float(line[key]) for key in ("mean", "low", "high")] == [one.accuracy, one.low, one.high]
+        assert line["std"] == ("" if one.std is None else str(one.std))
+    trained = {(line["metric"], line["labels_percent"]): line["train_images"] for line in lines}
+    assert trained == {("linear", "10"): "6", ("linear", "100"): "48", ("knn", "100"): "59"}
+    assert report.csv(head=False) == report.csv().partition("\n")[2]
+
+
+# ---- finetuning
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(finetune, "LEAST", 4)
+    monkeypatch.setattr(finetune, "EPOCHS", 2)
+    monkeypatch.setattr(linear, "STRENGTHS", (1.0,))
+
+
+def test_finetuning_leaves_the_encoder_as_it_was(short, tiny, monkeypatch):
+    network = tiny
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    before, grads = torch.get_rng_state(), [p.requires_grad for p in network.parameters()]
+    train, test = Pictures(np.arange(40) % 2, 0.4), Pictures(np.arange(20) % 2, 0.4, seed=1)
+    trained_on, views = [], probing.Exam.views
+    monkeypatch.setattr(
+        probing.Exam, "views", lambda exam, index: trained_on.append(tuple(index.tolist())) or views(exam, index)
+    )
+    arguments = dict(linear=False, knn=False, finetune=True, start=copy.deepcopy(tiny), shares=(50, 100))
+    report = run(network, train, test, **arguments)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items()), "BatchNorm's too"
+    assert not network.training or all(p.grad is None for p in network.parameters())
+    assert [p.requires_grad for p in network.parameters()] == grads
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [(row.weights, row.features) for row in report.rows] == [
+        ("encoder", "output"),
+        ("start", "output"),
+        ("random weights", "output"),
+        ("raw pixels", "16x16"),
+    ]
+    assert trained_on[:5] == trained_on[5:10] == trained_on[10:15] and len(set(trained_on[:5])) == 5, "one draw each"
+    assert [len(rows) for rows in trained_on] == [20] * 15 + [40] * 5
+    draws = [[one.draws for one in row.scores.values()] for row in report.rows]
+    assert draws == [[5, 1], [5, 1], [5, 3], [5, 1]], "random weights: of every seed one at least"
+    assert report.rows[0].scores == report.rows[1].scores, "the same weights, the same batches"
+    again = run(network, train, test, **arguments | {"shares": (100,), "start": None})
+    assert [row.scores[Question("finetune", 100)] for row in again.rows] == [
+        row.scores[Question("finetune", 100)] for row in report.rows if row.weights != "start"
+    ], "deterministic"
+    assert max(map(len, report.table().splitlines())) <= 80
+    assert "finetuned" in report.verdict() and set(report.json()["rows"][0]) >= {"finetune", "finetune 50%"}
+
+
+def test_finetuning_finds_what_frozen_features_do_not_have(short, monkeypatch, tiny):
+    """The network is blind to the one thing that tells the classes apart until its first layer is trained."""
+    monkeypatch.setattr(finetune, "LEAST", 60)
+    with torch.no_grad():
+        tiny.model.first.weight[:, 1:] = 0  # red alone
+    train, test = Pictures(np.arange(120) % 2), Pictures(np.arange(80) % 2, seed=1)
+    for part in (train, test):
+        part.pixels[part.labels == 1, ..., 2] //= 4
+    views, others = (torch.from_numpy(part.pixels).permute(0, 3, 1, 2) for part in (train, test))
+    tuning = finetune.Tuning(views, torch.from_numpy(train.labels), 2, seed=0)
+    tiny.eval()
+    frozen = tuning.head(tiny).predict(finetune.encoded(tiny, others))
+    tuned = tuning.trained(tiny, tuning.rate(tiny), 0).logits(others).argmax(1)
+    assert (frozen.numpy() == test.labels).mean() < 0.7
+    assert (tuned.numpy() == test.labels).mean() > 0.9
+
+
+def test_noise_is_worth_chance_finetuned_too(short, tiny, monkeypatch):
+    monkeypatch.setattr(finetune.Tuning, "rate", lambda tuning, encoder: 0.001 if encoder is tiny else 0.01)
+    train, test = Pictures(np.arange(90) % 3), Pictures(np.arange(150) % 3, seed=1)
+    report = run(tiny, train, test, linear=True, knn=False, finetune=True)
+    assert "encoder, finetuned: 0.001 is the last of the rates tried; another may do better" in report.warnings
+    assert not any("random weights, finetuned" in note for note in report.warnings)
+    raw = report.last("raw pixels").scores
+    assert raw[Question("finetune")].accuracy == raw[LINEAR].accuracy, "there is nothing below the classifier"
+    for row in report.rows:
+        for one in row.scores.values():
+            assert one.low - 0.02 <= 1 / 3 <= one.high + 0.02
+
+
+@settings(max_examples=100, deadline=None)
+@given(images=st.integers(2, 300), count=st.integers(1, 40), seed=st.integers(0, 9))
+def test_batches_take_every_image_alike(images, count, seed):
+    found = finetune.batches(images, count, seed)
+    assert len(found) == count and {len(one) for one in found} == {min(finetune.BATCH, images)}
+    times = torch.bincount(torch.cat(found), minlength=images)
+    assert times.max() - times.min() <= 1
+    assert finetune.LEAST <= finetune.steps(images) <= finetune.MOST
+    assert finetune.steps(1000 * images * finetune.BATCH) == max(finetune.MOST, 1000 * images)  # an epoch at least
+
+
+def test_more_images_than_memory_are_refused(monkeypatch, shrunk):
+    monkeypatch.setattr(probing, "VIEWS", 10 * 3 * 16 * 16)
+    with pytest.raises(SslpreError, match="finetuning on `48` images of 16 px takes more than") as error:
+        run(shrunk, Pictures(np.arange(60) % 3), linear=True, knn=False, finetune=True, say=pytest.fail)
+    assert error.value.code == 2 and error.value.hint == "--labels 20.8%"
+
+
+def test_a_share_that_knn_is_not_asked_is_in_the_csv_too(shrunk):
+    labels = np.arange(60) % 3
+    told = run(shrunk, Pictures(labels), Pictures(labels[:30], seed=9), shares=(10.0,)).csv()
+    found = {(row["metric"], row["labels_percent"]) for row in csv.DictReader(io.StringIO(told))}
+    assert found == {("linear", "10"), ("knn", "100")}
+
+
+def test_names_of_copies_are_one_line_whatever_they_are(shrunk):
+    labels = np.arange(60) % 3
+    report = run(shrunk, Pictures(labels), Pictures(labels[:30], seed=9), linear=False)
+    pairs = (("exact", "a\x1b[31m\nb\udcff.png", "c.png"),)
+    told = replace(report, duplicates=replace(report.duplicates, pairs=pairs)).table()
+    told.encode()
+    assert "\x1b" not in told and [line for line in told.splitlines() if line.startswith("exact")] != []
+
+
+def test_the_quick_interval_of_many_images_is_that_of_drawing_them(monkeypatch):
+    right = torch.rand(1, 1, 3000, generator=torch.Generator().manual_seed(0)) < 0.7
+    slow = interval(right, 0)
+    monkeypatch.setattr("sslpre.probe.judge.MANY", 100)
+    quick = interval(right, 0)
+    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.003)
 
 
 # ---- every stage
@@ -488,9 +828,9 @@ def test_a_label_that_an_early_stage_carries_and_the_last_loses(layers):
     report = run(layers, Corners(labels), Corners(labels, seed=1))
     rows = {row.features: row for row in report.rows if row.weights == "encoder"}
     for metric in ("linear", "knn"):
-        assert getattr(rows["early"], metric).accuracy > 0.95
-        assert getattr(rows["late"], metric).high < 0.5 and getattr(rows["output"], metric).high < 0.5
-    assert report.best == {"linear": "early", "knn": "early"}
+        assert score(rows["early"], metric).accuracy > 0.95
+        assert score(rows["late"], metric).high < 0.5 and score(rows["output"], metric).high < 0.5
+    assert report.best == {LINEAR: "early", KNN: "early"}
     told = report.verdict()
     assert told.startswith("The encoder's output is not above chance (") or "does not beat" in told
     # what stands for random weights is the same network here: nothing is better than itself
@@ -498,7 +838,11 @@ def test_a_label_that_an_early_stage_carries_and_the_last_loses(layers):
     marked = [line for line in report.table().splitlines() if "*[" in line]
     assert len(marked) == 1 and marked[0].startswith("encoder    early (192)") and marked[0].count("*[") == 2
     plain = report.json()
-    assert plain["best"] == report.best and [row["stage"] for row in plain["rows"][:3]] == [0, 1, None]
+    assert plain["best"] == {"linear": "early", "knn": "early"} and [row["stage"] for row in plain["rows"][:3]] == [
+        0,
+        1,
+        None,
+    ]
 
 
 def test_the_weights_that_training_began_with_have_rows(layers):
@@ -508,7 +852,10 @@ def test_the_weights_that_training_began_with_have_rows(layers):
     assert groups == ["encoder", "start", "random weights", "raw pixels"]
     mine, began = ([row for row in report.rows if row.weights == name] for name in ("encoder", "start"))
     assert [replace(row, weights="encoder") for row in began] == mine, "the same weights"
-    assert report.beats()["knn"]["start"] is False and "the weights it began with" in report.verdict()
+    assert (
+        report.beats()[Question("knn", k=report.k)]["start"] is False
+        and "the weights it began with" in report.verdict()
+    )
     with pytest.raises(ValueError, match="of test_vit, not layers"):
         run(layers, Pictures(labels, 0.3), start=encoder("test_vit"))
 
@@ -522,26 +869,26 @@ def test_knn_sees_stages_standardised_and_the_output_as_it_is():
         signal = torch.nn.functional.one_hot(labels, 2) + 0.1 * torch.randn(len(labels), 2, generator=draw)
         return torch.cat([signal, 1000 + 1000 * torch.randn(len(labels), 2, generator=draw)], 1)
 
-    judge = Judge(y, y_test, 2, linear=False, knn=True, seed=0)
+    judge = Judge(y, y_test, 2, Asked(False, True, False, (100.0,), (20,)), seed=0)
     train, test = features(y), features(y_test)
     scaled, plain = (judge.answers(train, test, scaled) for scaled in (True, False))
-    assert scaled.knn.float().mean() > 0.9 and scaled.knn_held > 0.9
-    assert plain.knn.float().mean() < 0.7 and plain.knn_held < 0.75
+    assert scaled.right[KNN].float().mean() > 0.9 and scaled.held[KNN] > 0.9
+    assert plain.right[KNN].float().mean() < 0.7 and plain.held[KNN] < 0.75
     standard = (train - train.mean(0)) / train.std(0, correction=0)
     by_hand = knn.predict(standard, y, (test - train.mean(0)) / train.std(0, correction=0), 2)
-    assert ((by_hand == y_test) == scaled.knn).float().mean() >= 0.99
-    assert torch.equal(knn.predict(train, y, test, 2) == y_test, plain.knn)
+    assert ((by_hand == y_test) == scaled.right[KNN][0]).float().mean() >= 0.99
+    assert torch.equal(knn.predict(train, y, test, 2) == y_test, plain.right[KNN][0])
 
 
 def test_the_best_is_chosen_by_what_was_held_out_and_equals_go_to_the_deepest():
     def answers(held, knn_held):
-        return Answers(torch.ones(2, dtype=torch.bool), linear.Choice(1.0, held, -held[1]), None, knn_held)
+        return Answers(held={LINEAR: held, KNN: knn_held})
 
-    found = [answers((0.5, -1.0), 0.7), answers((0.4, -0.1), 0.6), answers((0.6, -0.9), 0.7)]
-    assert best("abc", found, True, True) == {"linear": "b", "knn": "c"}
-    assert best("abc", found, False, True) == {"knn": "c"}
-    equal = [answers((0.0, 0.0), 0.0)] * 3
-    assert best("abc", equal, True, True) == {"linear": "c", "knn": "c"}
+    found = [answers(-1.0, 0.7), answers(-0.1, 0.6), answers(-0.9, 0.7)]
+    assert best("abc", found) == {LINEAR: "b", KNN: "c"}
+    assert best("abc", [answers(0.0, 0.0)] * 3) == {LINEAR: "c", KNN: "c"}
+    del found[0].held[LINEAR]
+    assert best("abc", found) == {KNN: "c"}, "what not all were asked"
 
 
 def test_one_image_after_another_is_not_held_twice(monkeypatch):
@@ -559,19 +906,29 @@ def test_one_image_after_another_is_not_held_twice(monkeypatch):
 # ---- what is printed
 
 
+NO_COPIES = Duplicates(50_000, 0, 0)
+
+
 def report_of(*accuracies, metric="both", mark="output"):
-    def score(value, strengths=()):
-        return Score(value, value - 0.02, min(1.0, value + 0.02), strengths)
+    def told(value):
+        asked = {LINEAR: (1e-05, 0.00316, 100.0), KNN: ()}
+        return {
+            question: Score(value, value - 0.02, min(1.0, value + 0.02), strengths)
+            for question, strengths in asked.items()
+            if metric in (question.metric, "both")
+        }
 
     weights = ("encoder", "encoder", "random weights", "random weights", "raw pixels")
     features = ("features.denseblock3", "output", "features.denseblock3", "output", "32x32")
     rows = tuple(
-        Row(name, which, 4096, score(value, (1e-05, 0.00316, 100.0)) if metric != "knn" else None, score(value), stage)
+        Row(name, which, 4096, told(value), stage)
         for name, which, value, stage in zip(weights, features, accuracies, (3, None, 3, None, None), strict=True)
     )
-    best = {name: mark for name in ("linear", "knn") if metric in (name, "both")}
+    best = dict.fromkeys(rows[0].scores, mark)
     where = "./a/rather/long/folder/name/that/goes/on/train and ./a/rather/long/folder/name/that/goes/on/test"
-    return Report(rows, ("a",) * 10, 123_456, 50_000, 0, where, 0.1, 0.12, 20, 0.07, "ab", best, ["a note " * 20])
+    return Report(
+        rows, ("a",) * 10, 123_456, 50_000, 0, where, 0.1, 0.12, 20, 0.07, "ab", best, NO_COPIES, {}, ["a note " * 20]
+    )
 
 
 @pytest.mark.parametrize("metric", ["both", "knn"])
@@ -627,23 +984,23 @@ def test_the_verdict_is_about_the_best_stage_too(accuracies, verdict):
 
 def test_a_best_stage_of_one_metric_is_said_of_that_one():
     report = report_of(0.8, 0.7, 0.5, 0.4, 0.5)
-    told = replace(report, best={"linear": "output", "knn": "features.denseblock3"}).verdict()
+    told = replace(report, best={LINEAR: "output", KNN: "features.denseblock3"}).verdict()
     best = "Its best stage, features.denseblock3, beats every stage of random weights and raw pixels (kNN)."
     assert told.endswith(f"(linear and kNN). {best}")
 
 
 def test_probes_that_disagree_are_told_apart():
     report = report_of(0.5, 0.6, 0.4, 0.4, 0.5)
-    worse = replace(report.rows[1], knn=Score(0.41, 0.39, 0.43))
+    worse = replace(report.rows[1], scores=report.rows[1].scores | {KNN: Score(0.41, 0.39, 0.43)})
     told = replace(report, rows=(report.rows[0], worse, *report.rows[2:])).verdict()
     assert "The encoder beats random weights and raw pixels (linear)" in told
     assert "does not beat random weights or raw pixels (kNN)" in told
 
 
-def test_json_is_plain():
-    plain = run(encoder(), Pictures(np.arange(60) % 3, 0.5)).json()
-    assert json.loads(json.dumps(plain))["schema"] == 1
+def test_json_is_plain(shrunk):
+    plain = run(shrunk, Pictures(np.arange(60) % 3, 0.5), Pictures(np.arange(30) % 3, 0.5, seed=1)).json()
+    assert json.loads(json.dumps(plain))["schema"] == 2
     assert plain["temperature"] == 0.07 and plain["k"] == 20
-    assert set(plain["rows"][0]) == {"weights", "features", "dim", "stage", "linear", "knn"}
+    assert set(plain["rows"][0]) == {"weights", "features", "dim", "stage", "linear", "knn", "results"}
     assert plain["best"].keys() == plain["best_beats"].keys() == {"linear", "knn"}
     assert plain["beats"]["linear"].keys() == {"random weights", "raw pixels", "chance"}

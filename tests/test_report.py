@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -22,8 +23,9 @@ from sslpre.cli import run as run_words
 from sslpre.data.find import find
 from sslpre.encoder import build
 from sslpre.report import curves, gallery, history, markup, sprite
-from sslpre.report.history import Curve
+from sslpre.report.history import Curve, History
 from sslpre.report.live import Live
+from sslpre.report.page import Content
 
 CPU = torch.device("cpu")
 SMALL = "--backbone test_resnet --image-size 32 --batch-size 16 --epochs 4 --precision fp32 --device cpu --workers 1"
@@ -374,7 +376,7 @@ class Part:
     """What `Live` asks of a run."""
 
     folder, steps = Path("nowhere"), 10**9
-    step = 0
+    step, ending = 0, ""
 
 
 @settings(max_examples=40, deadline=None)
@@ -389,7 +391,7 @@ def test_a_run_is_looked_at_in_a_fiftieth_of_its_time(laps):
         for seconds, cost in laps:
             clock.now += seconds
 
-            def rewrite(run, earned, cost=cost):
+            def rewrite(run, earned, there, cost=cost):
                 clock.now += cost
                 live.curves = cost
                 spent.append(cost)
@@ -397,7 +399,57 @@ def test_a_run_is_looked_at_in_a_fiftieth_of_its_time(laps):
             patch.setattr(live, "rewrite", rewrite)
             live(Part())
             assert sum(spent[:-1]) <= 0.02 * clock.now + 1e-6
-    assert spent or sum(seconds for seconds, _ in laps) < 76 + max(seconds for seconds, _ in laps)
+    assert spent or sum(seconds for seconds, _ in laps) < 301 + max(seconds for seconds, _ in laps)
+
+
+@pytest.mark.parametrize("every", [2.0, 10.0, 60.0])
+def test_map_and_preview_get_their_share_too(every, monkeypatch, tmp_path):
+    """Ten hours of a run with a line every so often; curves take 0.8 s, all that needs images 6 s."""
+    clock, live, made = Clock(), Live(), []
+    run = Part()
+    run.folder = tmp_path
+    live.begun = 0.0
+    monkeypatch.setattr("sslpre.report.live.time", clock)
+    monkeypatch.setattr("sslpre.report.live.known", lambda *_: Content("", [], "", 0, 0, History(), "", "", ""))
+    monkeypatch.setattr(run, "recipe", None, raising=False)
+    monkeypatch.setattr(live, "passing", lambda *_: 1.0)
+    monkeypatch.setattr(live, "joined", lambda content: content)
+    monkeypatch.setattr("sslpre.report.live.page", lambda content: clock.__setattr__("now", clock.now + 0.8) or "")
+
+    def seen(run, content):
+        clock.now += 6
+        made.append(clock.now)
+        return content
+
+    monkeypatch.setattr(live, "seen", seen)
+    while clock.now < 36_000:
+        clock.now += every
+        live(run)
+    assert 20 <= len(made) <= 0.02 * 0.75 * 36_000 / 6
+    assert live.spent + live.spent_images <= 0.02 * clock.now
+
+
+def test_a_page_that_was_made_by_hand_is_left_until_there_is_a_better_one(monkeypatch, tmp_path):
+    clock, live, run = Clock(), Live(), Part()
+    run.folder = tmp_path
+    live.begun, clock.now = 0.0, 1000.0
+    monkeypatch.setattr("sslpre.report.live.time", clock)
+    monkeypatch.setattr("sslpre.report.live.known", lambda *_: Content("", [], "", 0, 0, History(), "", "", ""))
+    monkeypatch.setattr(run, "recipe", None, raising=False)
+    monkeypatch.setattr(live, "passing", lambda *_: 1e9)
+    monkeypatch.setattr(live, "joined", lambda content: content)
+    monkeypatch.setattr("sslpre.report.live.page", lambda content: content.state)
+    live(run)
+    page = tmp_path / "report.html"
+    assert page.read_text() == "training"
+    run.ending = "stopped"
+    live(run)
+    assert page.read_text() == "stopped", "a run that stops does not say that it trains"
+    page.write_text("by hand")
+    os.utime(page, ns=(1, 1))
+    clock.now += 1000
+    live(run)
+    assert page.read_text() == "by hand"
 
 
 @pytest.mark.parametrize(
@@ -413,7 +465,7 @@ def test_what_fails_is_said_once_and_stops_no_run(monkeypatch, capfd, error, sai
     monkeypatch.setattr("sslpre.report.live.time", clock)
     live.begun = 0.0
 
-    def rewrite(run, earned):
+    def rewrite(run, earned, there):
         called.append(1)
         raise error
 

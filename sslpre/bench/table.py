@@ -63,8 +63,8 @@ class Report:
     def run_seconds(self) -> float:
         """What all epochs of the run will take."""
         setting = self.setting
-        decoded = setting.count - setting.held if setting.store != "off" else setting.count * setting.epochs
-        return decoded / self.first.images_per_s + (setting.count * setting.epochs - decoded) / self.later.images_per_s
+        held = setting.held if setting.store != "off" else None
+        return lasting(setting.count, setting.epochs, held, self.first, self.later)
 
     @property
     def decoding_seconds(self) -> float:
@@ -99,6 +99,12 @@ class Report:
     def table(self) -> str:
         """Lines of at most 80 characters, without colour."""
         return table(self)
+
+
+def lasting(images: int, epochs: int, held: int | None, first: Whole, later: Whole) -> float:
+    """Seconds that so many epochs take. held: images that are stored already; None where none ever is."""
+    decoded = images * epochs if held is None else images - held
+    return decoded / first.images_per_s + (images * epochs - decoded) / later.images_per_s
 
 
 def timing(times: list[float], batch: int) -> Timing:

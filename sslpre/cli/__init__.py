@@ -12,6 +12,7 @@ import typer
 from sslpre import __version__, signals
 from sslpre.cli import (
     bench,
+    check,
     embed,
     export,
     hearers,
@@ -50,6 +51,7 @@ verbs = (
     report.report,
     replay.replay,
     bench.bench,
+    check.check,
     recipes.recipes,
 )
 for verb in verbs:

@@ -44,7 +44,7 @@ def pretrain(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     max_bad: Annotated[str | None, flag("--max-bad", "X", "Stop above this share of bad images.  [0.01]")] = None,
     on_collapse: Annotated[str | None, flag("--on-collapse", "warn|stop", "Features all alike: go on?  [warn]")] = None,
-    monitor: Annotated[str | None, flag("--monitor", "knn", "kNN at ends of epochs, by folder names.")] = None,
+    monitor: Annotated[str | None, flag("--monitor", "knn|none", "kNN after epochs, by folder names.")] = None,
     out: Annotated[str | None, flag("--out", "DIR", "Run directory.  [runs/RECIPE-N]")] = None,
     resume: Annotated[str | None, flag("--resume", "RUN|last|auto", RESUME)] = None,
     data_changed: Annotated[str | None, flag("--data-changed", "accept", "Go on although images have changed.")] = None,

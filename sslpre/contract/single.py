@@ -22,7 +22,7 @@ from sslpre.methods import methods
 from sslpre.objective import Batch, Loss, Objective
 from sslpre.recipe import Recipe
 from sslpre.shelf import names, text
-from sslpre.train import loop, optim, step
+from sslpre.train import loop, optim, step, verdict
 from sslpre.train import run as runs
 from sslpre.train.build import build
 from sslpre.views.build import Views
@@ -103,6 +103,18 @@ def test_losses_are_finite_one_a_player_and_reach_the_encoder(method: str, tmp_p
                 reached.add(parameter_name)
     trainable = {n for n, p in run.objective.named_parameters() if p.requires_grad}
     assert trainable - reached == set(), "weights without a gradient"
+
+
+def test_health_hears_the_encoder_and_knows_what_to_judge_by(method: str, tmp_path: Path) -> None:
+    """One step tells it features of the encoder's width; the terms that the method is judged by are logged."""
+    run = start(method, tmp_path)
+    with verdict.watching(run) as watch:
+        loop.start_epoch(run, 0)
+        step.take_step(run, next(iter(run.stream.epoch(0))), 0)
+    features = watch.ring.finite()
+    assert len(features) >= 8 and features.shape[1] == run.objective.encoder.dim
+    if run.objective.chance is not None or run.objective.judged[1] != "chance":
+        assert verdict.chance_of(run, {name: value.item() for name, value in run.sums.items()}) is not None
 
 
 def test_every_trainable_weight_has_one_player(method: str, tmp_path: Path) -> None:

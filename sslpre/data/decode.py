@@ -94,12 +94,12 @@ def decode(path: str | bytes | Path, side: int | None = None, max_pixels: int = 
     2 · side on the shorter one.
     Raises BadImage for anything that is not a whole image within `max_pixels`, NaN and infinite values included.
     """
-    with _blame_the_file(path), open(path, "rb") as raw:
+    with blame_the_file(path), open(path, "rb") as raw:
         file: IO[bytes] = raw
         if os.fstat(raw.fileno()).st_size <= IN_MEMORY:
             # also because libtiff maps files: one that shrinks while it is read would kill the process
             file = io.BytesIO(raw.read())
-        image = _open(file, max_pixels)
+        image = open_image(file, max_pixels)
         turn = _orientation(image, file)
         planes = _planes(image, file)
         if planes is not None:
@@ -127,15 +127,20 @@ def decoder() -> str:
 
 def header_size(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of the upright image, from the header alone. Raises BadImage as `decode` would for the header."""
-    with _blame_the_file(path), open(path, "rb") as file:
-        image = _open(file, max_pixels)
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            width, height = int(image.tag_v2[WIDTH]), int(image.tag_v2[HEIGHT])
-            turn = image.tag_v2.get(ORIENTATION, 1)
-        else:
-            width, height = image.size
-            turn = _orientation(image, file)
-    return (width, height) if turn in (5, 6, 7, 8) else (height, width)
+    with blame_the_file(path), open(path, "rb") as file:
+        height, width, _ = upright(open_image(file, max_pixels), file)
+    return height, width
+
+
+def upright(image: ImageFile.ImageFile, file: IO[bytes]) -> tuple[int, int, int]:
+    """Height and width of an image that is open, when it is turned, and the EXIF orientation 1..8 that says how."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, height = int(image.tag_v2[WIDTH]), int(image.tag_v2[HEIGHT])
+        turn = image.tag_v2.get(ORIENTATION, 1)
+    else:
+        width, height = image.size
+        turn = _orientation(image, file)
+    return (width, height, turn) if turn in (5, 6, 7, 8) else (height, width, turn)
 
 
 def header_grey(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> bool:
@@ -143,17 +148,24 @@ def header_grey(path: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> bool:
 
     Grey pictures in a file of three channels are not met, nor any in WebP, which has no grey.
     """
-    with _blame_the_file(path), open(path, "rb") as file:
-        image = _open(file, max_pixels)
-        if image.mode != "P":
-            return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
-        palette = image.palette
-        if palette is None:
-            return False
-        # not `getpalette`, which decodes the whole image
-        table, layout = np.frombuffer(bytes(palette.palette), np.uint8), palette.rawmode or palette.mode
-        colours = table.reshape(3, -1).T if layout == "RGB;L" else table.reshape(-1, len(layout))[:, :3]
-        return bool((colours == colours[:, :1]).all())
+    with blame_the_file(path), open(path, "rb") as file:
+        return is_grey(open_image(file, max_pixels))
+
+
+def is_grey(image: ImageFile.ImageFile) -> bool:
+    """`header_grey` of an image that is open."""
+    if image.mode != "P":
+        return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    palette = image.palette
+    if palette is None:
+        return False
+    # not `getpalette`, which decodes the whole image
+    table, layout = np.frombuffer(bytes(palette.palette), np.uint8), palette.rawmode or palette.mode
+    table = table[
+        : len(table) // (wide := 3 if layout == "RGB;L" else len(layout)) * wide
+    ]  # one may be cut in its last
+    colours = table.reshape(3, -1).T if layout == "RGB;L" else table.reshape(-1, wide)[:, :3]
+    return bool((colours == colours[:, :1]).all())
 
 
 def to_canvas(image: np.ndarray, side: int) -> np.ndarray:
@@ -170,7 +182,7 @@ def to_canvas(image: np.ndarray, side: int) -> np.ndarray:
 
 
 @contextmanager
-def _blame_the_file(path: str | bytes | Path) -> Iterator[None]:
+def blame_the_file(path: str | bytes | Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
@@ -206,7 +218,7 @@ MAGIC: tuple[tuple[re.Pattern[bytes], Callable[[IO[bytes]], ImageFile.ImageFile]
 )
 
 
-def _open(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
+def open_image(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     """Read the header, and refuse what has too many pixels before any of them is decoded."""
     start = file.read(16)
     file.seek(0)

@@ -27,12 +27,12 @@ def perceptual(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     A bit says whether a frequency of the grey image is above the median of them; the mean brightness has none.
     """
     grey = luma(images.to(torch.float32) / 255)
-    small = F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True)[:, 0].double()
-    basis = cosines(SIDE, LOW).to(small)
+    small = F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True)[:, 0].cpu().double()
+    basis = cosines(SIDE, LOW)
     low = (basis @ small @ basis.T).flatten(1)[:, 1:]  # without the mean
-    bits = (low > low.median(1, keepdim=True).values).cpu().numpy()
+    bits = (low > low.median(1, keepdim=True).values).numpy()
     packed = np.packbits(bits, axis=1, bitorder="little")  # 63 bits in 8 bytes
-    return packed.view(np.uint64)[:, 0], (small.std((1, 2), correction=0) > FLAT).cpu().numpy()
+    return packed.view(np.uint64)[:, 0], (small.std((1, 2), correction=0) > FLAT).numpy()
 
 
 def cosines(side: int, count: int) -> Tensor:

@@ -28,11 +28,10 @@ def lidar(z: Tensor) -> float:
     means = z.mean(1)
     centred, inner = means - means.mean(0), (z - means[:, None]).flatten(0, 1)
     between = centred.T @ centred / len(means)
-    within = inner.T @ inner / len(inner) + DELTA * torch.eye(z.shape[2], dtype=z.dtype, device=z.device)
-    lower = torch.linalg.cholesky(within)  # eigenvalues of Σ_w^−½ Σ_b Σ_w^−½ are those of L⁻¹ Σ_b L⁻ᵀ
-    half = torch.linalg.solve_triangular(lower, between, upper=False)
-    whole = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return effective(torch.linalg.eigvalsh((whole + whole.mT) / 2).clamp(min=0))
+    within = inner.T @ inner / len(inner)
+    values, axes = torch.linalg.eigh(within)  # not Cholesky: of large features rounding is more than δ
+    half = (values.clamp(min=0) + DELTA).rsqrt() * axes  # Σ_w^−½ but for a rotation
+    return effective(torch.linalg.eigvalsh(half.T @ between @ half).clamp(min=0))
 
 
 def effective(values: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sslpre.errors import SslpreError, disk_code, printable
 from sslpre.objective import Picture
-from sslpre.synced import sync_folder, write_synced
+from sslpre.synced import write_whole
 
 ACROSS = 12  # pictures of a row
 LEAST, LARGEST = 96, 256  # pixels of a picture's longer side on the sheet
@@ -155,16 +154,8 @@ def write(sheet: Image.Image, out: Path) -> None:
     """Write the PNG whole or not at all, and make the folders above it. Raises SslpreError (exit 3)."""
     data = io.BytesIO()
     sheet.save(data, "png")
-    temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(temporary, data.getvalue())
-            temporary.rename(out)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(out.parent)
+        write_whole(out, data.getvalue())
     except OSError as error:
         hint = "name an OUT.png in a folder that you can write to, with enough space"
         why = (error.strerror or "unknown reason").lower()

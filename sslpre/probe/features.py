@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from sslpre.data.stream import BadList, Stream
 from sslpre.encoder import Encoder
 from sslpre.errors import SslpreError
 from sslpre.ops.channels import CHANNELS
+from sslpre.ops.duplicates import perceptual
 from sslpre.views.build import centre
 
 RAW_SIDE = 32
@@ -29,7 +31,8 @@ class Centres:
     """The centre views of a source, uint8 [B, 3, s, s] on the device, in index order, as often as they are iterated.
 
     `keep` holds them in memory after the first pass; else they are decoded again. Images that cannot be read are left
-    out, and named by `bad`. After the first pass `index` says which are there, `digests` what each is to the bit.
+    out, and named by `bad`. After the first pass `index` says which are there, `digests` what each is to the bit and,
+    with `hashed`, `hashes` what each looks like and whether that can be compared (of `perceptual`, [N] each).
     """
 
     def __init__(
@@ -43,12 +46,19 @@ class Centres:
         device: torch.device,
         bad: BadList,
         keep: bool,
+        hashed: bool = False,
     ):
-        self.side, self.keep = side, keep
+        self.side, self.keep, self.hashed = side, keep, hashed
         self.stream = Stream(source, side=canvas, batch_size=batch, seed=0, workers=workers, device=device, bad=bad)
         self.index = torch.empty(0, dtype=torch.int64)
         self.digests: list[bytes] = []
+        self._hashes: list[tuple[np.ndarray, np.ndarray]] = []
         self._kept: list[Tensor] = []
+
+    @property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        codes, shows = zip(*self._hashes, strict=True)
+        return np.concatenate(codes), np.concatenate(shows)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._kept:
@@ -69,9 +79,22 @@ class Centres:
                 self.index = torch.cat([self.index, batch.index[here]])
                 host = views.cpu().contiguous()
                 self.digests += [hashlib.blake2b(view.numpy().data, digest_size=16).digest() for view in host]
+                if self.hashed:
+                    self._hashes.append(perceptual(views))
                 if self.keep:
                     self._kept.append(host)
             yield views
+
+    def views(self, rows: Tensor) -> Tensor:
+        """These images in this order, uint8 [M, 3, s, s] on the CPU, by one more pass; rows: int64 [M], each once."""
+        place, begun = torch.full((len(self.index),), -1), 0
+        place[rows] = torch.arange(len(rows))
+        images = torch.empty(len(rows), 3, self.side, self.side, dtype=torch.uint8)
+        for views in self:
+            here = place[begun : begun + len(views)]
+            begun += len(views)
+            images[here[here >= 0]] = views.cpu()[here >= 0]
+        return images
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -249,16 +272,6 @@ def random_twin(encoder: Encoder, seed: int, calibration: Tensor, batch: int) ->
 
 def calibration_images(centres: Centres, seed: int) -> Tensor:
     """Up to 2,048 centre views in random order, uint8 [M, 3, s, s] on the CPU. Needs a first pass over the images."""
-    order = torch.randperm(len(centres.index), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
-    place = torch.full((len(centres.index),), -1)
-    place[order] = torch.arange(len(order))
-    images: Tensor | None = None
-    begun = 0
-    for views in centres:
-        here = place[begun : begun + len(views)]
-        begun += len(views)
-        if images is None:
-            images = torch.empty(len(order), *views.shape[1:], dtype=torch.uint8)
-        images[here[here >= 0]] = views.cpu()[here >= 0]
-    assert images is not None, "the first pass found images"
-    return images
+    return centres.views(
+        torch.randperm(len(centres.index), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
+    )

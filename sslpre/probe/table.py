@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import textwrap
-from dataclasses import asdict, dataclass, field
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-METRICS = {"linear": "linear", "knn": "kNN"}
-LABELS = {"random weights": "random"}  # in the table, where space is short
+from sslpre.probe.duplicates import Duplicates
+from sslpre.probe.questions import Question
+
 WORDS = {"start": "the weights it began with", "random weights": "random weights", "raw pixels": "raw pixels"}
 EVERY = {  # what the best of several stages is held against
     "start": "every stage of the weights it began with",
     "random weights": "every stage of random weights",
     "raw pixels": "raw pixels",
 }
+COLUMNS = (
+    "encoder weights features dim stage metric labels_percent k mean low high std draws strength mean_with_duplicates "
+    "chance classes train_images test_images encoder_hash"
+).split()
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,28 @@ class Score:
     accuracy: float
     low: float
     high: float
-    strengths: tuple[float, ...] = ()  # of the linear probe, chosen for each set of weights
+    strengths: tuple[float, ...] = ()  # of the linear probe, chosen for each set of weights and draw
+    std: float | None = None  # of the draws, where there are several
+    draws: int = 1
+    with_duplicates: float | None = None  # the accuracy had test images stayed that are training images
 
     def beats(self, other: Score) -> bool:
         """Better by more than both intervals."""
         return self.low > other.high
+
+    def without(self, accuracy: float) -> Score:
+        """The same, with the accuracy that copies of training images would have given."""
+        return replace(self, with_duplicates=accuracy)
+
+    @property
+    def strength(self) -> float | None:
+        """The median of the strengths."""
+        return sorted(self.strengths)[len(self.strengths) // 2] if self.strengths else None
+
+    def json(self) -> dict[str, Any]:
+        plain = {"accuracy": self.accuracy, "low": self.low, "high": self.high}
+        more = {"strengths": self.strengths, "std": self.std, "with_duplicates": self.with_duplicates}
+        return plain | {key: value for key, value in more.items() if value not in (None, ())} | {"draws": self.draws}
 
 
 @dataclass(frozen=True)
@@ -40,9 +64,18 @@ class Row:
     weights: str
     features: str
     dim: int
-    linear: Score | None = None
-    knn: Score | None = None
+    scores: dict[Question, Score]
     stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Of nearest neighbours where each of `images` is classified by the others; there were `before`, with those that
+    repeat an earlier one. majority_chance: the share of the most frequent class."""
+
+    images: int
+    before: int
+    majority_chance: float
 
 
 @dataclass(frozen=True)
@@ -53,22 +86,41 @@ class Report:
     rows: tuple[Row, ...]
     classes: tuple[str, ...]
     train_images: int
-    test_images: int
+    test_images: int  # that are counted: without copies of training images
     unlabelled: int  # left out, of both splits
     split: str
     uniform_chance: float  # 1 / classes
     majority_chance: float  # share of test images that have the most frequent class of the training split
-    k: int
+    k: int  # of the metric "knn", the first of the questions where there are several
     temperature: float
     encoder_hash: str
-    best: dict[str, str]  # metric → features of the encoder that are best on held-out training images
+    best: dict[Question, str]  # question → features of the encoder that are best on held-out training images
+    duplicates: Duplicates
+    counts: dict[float, int]  # percent of the labels → training images
     warnings: list[str] = field(default_factory=list)
+    alone: Alone | None = None  # of kNN, where there is no test split
     about: dict[str, Any] = field(default_factory=dict)  # what was probed, for `json`
 
     @property
     def chance(self) -> float:
         """The better of two ways to guess."""
         return max(self.uniform_chance, self.majority_chance)
+
+    def chance_of(self, question: Question) -> float:
+        """The same, of the images that this question is about."""
+        if question.metric == "knn" and self.alone is not None:
+            return max(self.uniform_chance, self.alone.majority_chance)
+        return self.chance
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """In the order of the table. Each is answered by the output of all weights, and by raw pixels."""
+        return tuple(self.last("encoder").scores)
+
+    @property
+    def heads(self) -> tuple[Question, ...]:
+        """Those of the verdict, and under their own names in `json`: of several k only one."""
+        return tuple(q for q in self.questions if q.metric != "knn" or q.k == self.k)
 
     def last(self, weights: str) -> Row:
         return next(row for row in reversed(self.rows) if row.weights == weights)
@@ -78,59 +130,111 @@ class Report:
         """Weights that the encoder is held against, in the order of the table."""
         return tuple(dict.fromkeys(row.weights for row in self.rows if row.weights != "encoder"))
 
-    def beats(self) -> dict[str, dict[str, bool]]:
-        """Metric → baseline → whether the encoder's output is better by more than the bootstrap intervals."""
-        return {
-            metric: {name: mine.beats(getattr(self.last(name), metric)) for name in self.baselines}
-            | {"chance": mine.low > self.chance}
-            for metric in METRICS
-            if (mine := getattr(self.last("encoder"), metric)) is not None
-        }
+    def beats(self) -> dict[Question, dict[str, bool]]:
+        """Question → baseline → whether the encoder's output is better by more than the bootstrap intervals."""
+        found = {}
+        for question in self.heads:
+            mine = self.last("encoder").scores[question]
+            won = {name: mine.beats(self.last(name).scores[question]) for name in self.baselines}
+            found[question] = won | {"chance": mine.low > self.chance_of(question)}
+        return found
 
-    def best_beats(self) -> dict[str, dict[str, bool]]:
-        """Metric → baseline → whether the encoder's best features are better than every row of that baseline."""
-        found: dict[str, dict[str, bool]] = {}
-        for metric, features in self.best.items():
+    def best_beats(self) -> dict[Question, dict[str, bool]]:
+        """Question → baseline → whether the encoder's best features are better than every row of that baseline."""
+        found = {}
+        for question in (question for question in self.heads if question in self.best):
+            features = self.best[question]
             row = next(row for row in self.rows if row.weights == "encoder" and row.features == features)
-            mine: Score = getattr(row, metric)
-            found[metric] = {
-                name: all(mine.beats(getattr(row, metric)) for row in self.rows if row.weights == name)
+            mine = row.scores[question]
+            won = {
+                name: all(mine.beats(row.scores[question]) for row in self.rows if row.weights == name)
                 for name in self.baselines
-            } | {"chance": mine.low > self.chance}
+            }
+            found[question] = won | {"chance": mine.low > self.chance_of(question)}
         return found
 
     def verdict(self) -> str:
         """A sentence about the output, and one about the best stage where that is another."""
         output, best = self.last("encoder").features, self.best_beats()
-        others = [metric for metric, features in self.best.items() if features != output]
+        others = [question for question in best if self.best[question] != output]
         subject = "The encoder's output" if others else "The encoder"
-        text = f"{subject} {spoken({metric: sentence(beats, WORDS) for metric, beats in self.beats().items()})}."
+        text = f"{subject} {spoken({question: sentence(beats, WORDS) for question, beats in self.beats().items()})}."
         if not others:
             return text
-        parts = {metric: f"its best stage, {self.best[metric]}, {sentence(best[metric], EVERY)}" for metric in others}
+        parts = {one: f"its best stage, {self.best[one]}, {sentence(best[one], EVERY)}" for one in others}
         return f"{text} I{spoken(parts)[1:]}."
 
     def json(self) -> dict[str, Any]:
         """Plain values. Accuracies are shares in [0, 1]."""
-        plain = asdict(self)
-        rows = [{key: value for key, value in row.items() if value is not None} for row in plain.pop("rows")]
-        for row in rows:
-            row.get("knn", {}).pop("strengths", None)
-            row.setdefault("stage", None)
-        about = plain.pop("about")
-        found = {"chance": self.chance, "beats": self.beats(), "best_beats": self.best_beats()}
-        found["verdict"] = self.verdict()
-        return {"schema": 1, **about, "rows": rows, **found, **plain}
+        kept = ("rows", "best", "duplicates", "counts", "about", "alone")
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in kept}
+        plain["leave_one_out"] = asdict(self.alone) if self.alone is not None else None
+        keyed: dict[str, dict[Question, Any]] = {
+            "best": self.best,
+            "beats": self.beats(),
+            "best_beats": self.best_beats(),
+        }
+        for name, found in keyed.items():
+            plain[name] = {question.key: value for question, value in found.items() if question in self.heads}
+        plain |= {"chance": self.chance, "verdict": self.verdict(), "duplicates": self.duplicates.json()}
+        return {"schema": 2, **self.about, "rows": [self.plain(row) for row in self.rows], **plain}
+
+    def plain(self, row: Row) -> dict[str, Any]:
+        """A row for `json`: its scores of one metric each, and all of them as `results`."""
+        heads = {question.key: row.scores[question].json() for question in self.heads if question in row.scores}
+        results = [
+            {"metric": q.metric, "labels_percent": q.share, "k": q.k or None, **score.json()}
+            for q, score in row.scores.items()
+        ]
+        same = {"weights": row.weights, "features": row.features, "dim": row.dim, "stage": row.stage}
+        return {**same, **heads, "results": results}
+
+    def lines(self) -> Iterable[dict[str, Any]]:
+        """Of every row and question a line of `csv`, its keys `COLUMNS`; chance has lines of its own."""
+        for row in (*self.rows, None):
+            for question in self.questions if row is None else row.scores:
+                lone = self.alone if question.metric == "knn" else None
+                line: dict[str, Any] = {
+                    "encoder": self.about.get("path", ""),
+                    "weights": "chance" if row is None else row.weights,
+                    "metric": question.metric,
+                    "labels_percent": f"{question.share:g}",
+                    "k": question.k or "",
+                    "chance": self.chance_of(question),
+                    "classes": len(self.classes),
+                    "train_images": lone.images - 1 if lone else self.counts.get(question.share, self.train_images),
+                    "test_images": lone.images if lone else self.test_images,
+                    "encoder_hash": self.encoder_hash,
+                }
+                if row is None:
+                    yield line | {"mean": self.chance_of(question)}
+                    continue
+                score = row.scores[question]
+                numbers = {"mean": score.accuracy, "low": score.low, "high": score.high, "std": score.std}
+                more = {"strength": score.strength, "mean_with_duplicates": score.with_duplicates}
+                same = {"features": row.features, "dim": row.dim, "stage": row.stage, "draws": score.draws}
+                yield line | same | numbers | more
+
+    def csv(self, head: bool = True) -> str:
+        """One line for each features × metric × share × k; accuracies are shares in [0, 1]."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        if head:
+            writer.writeheader()
+        writer.writerows(self.lines())
+        return out.getvalue()
 
     def table(self) -> str:
         """Lines of at most 80 characters, without colour."""
+        from sslpre.probe.printed import table
+
         return table(self)
 
 
-def spoken(parts: dict[str, str]) -> str:
-    """What each metric says, those that say the same together: `… (linear and kNN)`."""
-    saying = [(words, [METRICS[metric] for metric in parts if parts[metric] == words]) for words in parts.values()]
-    return " and ".join(dict.fromkeys(f"{words} ({' and '.join(metrics)})" for words, metrics in saying))
+def spoken(parts: dict[Question, str]) -> str:
+    """What each question says, those that say the same together: `… (linear and kNN)`."""
+    saying = [(words, [one.words for one in parts if parts[one] == words]) for words in parts.values()]
+    return " and ".join(dict.fromkeys(f"{words} ({listed(names, 'and')})" for words, names in saying))
 
 
 def sentence(beats: dict[str, bool], words: dict[str, str]) -> str:
@@ -146,66 +250,3 @@ def sentence(beats: dict[str, bool], words: dict[str, str]) -> str:
 def listed(names: list[str], word: str) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
-
-
-def table(report: Report) -> str:
-    metrics = [metric for metric in METRICS if getattr(report.rows[0], metric) is not None]
-    heads = {"linear": f"{'linear %':<22}{'C':<7}", "knn": "kNN %"}
-    head = line("weights", "features", [heads[metric] for metric in metrics])
-    rows = [line(LABELS.get(row.weights, row.weights), title(row), cells(report, row, metrics)) for row in report.rows]
-    guess = "most frequent" if report.majority_chance > report.uniform_chance else f"1 in {len(report.classes)}"
-    widths = {"linear": 29, "knn": 0}
-    rows.append(line("chance", guess, [f"{100 * report.chance:5.1f}".ljust(widths[metric]) for metric in metrics]))
-    rule = "-" * max(map(len, [head, *rows]))
-    below = [wrapped(text) for text in [*notes(report, metrics), *(f"note: {warning}" for warning in report.warnings)]]
-    flat = [part for parts in below for part in parts]
-    return "\n".join([head, rule, *rows, rule, *flat, "", *wrapped(report.verdict())])
-
-
-def line(weights: str, features: str, cells: list[str]) -> str:
-    return f"{weights:<11}{features:<19}{''.join(cells)}".rstrip()
-
-
-def title(row: Row) -> str:
-    """The features and how many numbers they are; of a long name the end, which tells stages apart."""
-    short = row.features if len(row.features) <= 11 else f"..{row.features[-9:]}"
-    return f"{short} ({row.dim})"
-
-
-def cells(report: Report, row: Row, metrics: list[str]) -> list[str]:
-    best = [row.weights == "encoder" and row.features == report.best.get(metric) for metric in metrics]
-    return [cell(row, metric, "*" if mark else " ") for metric, mark in zip(metrics, best, strict=True)]
-
-
-def cell(row: Row, metric: str, mark: str) -> str:
-    score: Score = getattr(row, metric)
-    text = f"{100 * score.accuracy:5.1f}{mark}[{100 * score.low:.1f}, {100 * score.high:.1f}]"
-    middle = sorted(score.strengths)[len(score.strengths) // 2] if score.strengths else 0.0
-    return f"{text:<22}{float(f'{middle:.1g}'):<7g}" if metric == "linear" else text
-
-
-def notes(report: Report, metrics: list[str]) -> list[str]:
-    """What the numbers were measured on and with."""
-    counts = f"{report.train_images:,} training and {report.test_images:,} test images"
-    found = [
-        f"{len(report.classes)} classes, {counts}: {report.split}",
-        "in brackets: 95 % bootstrap intervals; random weights: the mean of 3 seeds",
-        "* best of the encoder on held-out training images, without a look at test images",
-    ]
-    if any(row.stage is not None for row in report.rows):
-        found.append("stages: maps averaged to a grid of at most 4,096 numbers; output: what is exported")
-    if "linear" in metrics:
-        found.append(
-            "linear: logistic regression on standardised features, strength C chosen on 20 % of the training images,"
-            " for random weights with the first seed"
-        )
-    if "knn" in metrics:
-        found.append(
-            f"kNN: cosine, k = {report.k}, temperature {report.temperature:g}; stages are standardised, output and raw"
-            " pixels are taken as they are"
-        )
-    return found
-
-
-def wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, subsequent_indent="  ")

@@ -25,7 +25,7 @@ from sslpre.recipe import Recipe
 from sslpre.report import curves, history, strips
 from sslpre.report.gallery import Sample, look
 from sslpre.report.page import Content, page
-from sslpre.train import checkpoint, health
+from sslpre.train import checkpoint, health, verdict
 from sslpre.train.build import load_data, open_run
 from sslpre.train.runs import write_text
 
@@ -140,8 +140,8 @@ def pictured(
     refuse_odd(raw)
     measured: dict[str, Any] = {}
     if not content.history.verdict and len(raw) > 1:
-        figures = health.of_ring(raw)
-        measured = health.rounded(figures) | {"verdict": health.verdict_of(figures, None)}
+        figures = health.of_quick(raw) | health.of_ring(raw)
+        measured = health.rounded(figures) | {"verdict": verdict.of_features(figures, *raw.shape)}
     return replace(content, picked=picked, seen=look(raw, spread), encoder_step=step, measured=measured)
 
 
@@ -208,7 +208,10 @@ def probed(
         return without(content, error, ("probe",), say)
     told = {"step": step, "data_fingerprint": own}
     result = json.loads(json.dumps(made.json() | told))
-    write_text(folder / PROBE, json.dumps(result, indent=1) + "\n")
+    try:
+        write_text(folder / PROBE, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        say(f"probe      not kept: {(error.strerror or 'unknown reason').lower()}")
     return replace(content, probe=result)
 
 
@@ -216,22 +219,26 @@ def kept_probe(folder: Path) -> dict[str, Any]:
     """What an earlier report measured; {} where there is none, or it is not what was written."""
     kept = history.facts(folder / PROBE)
     needed = {"step": int, "data_fingerprint": str, "rows": list, "chance": float, "verdict": str, "classes": list}
-    needed |= {"train_images": int, "test_images": int, "split": str, "warnings": list}
+    needed |= {"train_images": int, "test_images": int, "split": str}
     if not all(type(kept.get(key)) is kind for key, kind in needed.items()):
         return {}
-    return kept if all(map(whole_row, kept["rows"])) and all(map(str_only, kept["warnings"])) else {}
-
-
-def whole_row(row: Any) -> bool:
-    """Is it a row of a table as `sslpre probe --json` has it?"""
-    if not (isinstance(row, dict) and all(map(str_only, (row.get("weights"), row.get("features")))) and "dim" in row):
-        return False
-    scores = [row[metric] for metric in ("linear", "knn") if metric in row]
-    needed = ("accuracy", "low", "high")
-    return all(
-        isinstance(one, dict) and all(history.number(one.get(key)) is not None for key in needed) for one in scores
+    scores = [row.get(metric) for row in kept["rows"] if isinstance(row, dict) for metric in ("linear", "knn")]
+    whole = all(
+        isinstance(row, dict)
+        and {"weights", "features", "dim"} <= set(row)
+        and type(row["dim"]) is int
+        and isinstance(row["weights"], str)
+        and isinstance(row["features"], str)
+        for row in kept["rows"]
     )
-
-
-def str_only(value: Any) -> bool:
-    return isinstance(value, str)
+    warnings = kept.get("warnings", [])
+    whole = whole and isinstance(warnings, list) and all(isinstance(one, str) for one in warnings)
+    fine = all(
+        score is None
+        or (
+            isinstance(score, dict)
+            and all(history.number(score.get(key)) is not None for key in ("accuracy", "low", "high"))
+        )
+        for score in scores
+    )
+    return kept if whole and fine else {}

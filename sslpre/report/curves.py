@@ -49,7 +49,7 @@ def svg(plot: Plot) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": plot.title, "font.size": 9, "axes.unicode_minus": False}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": ascii(plot.title), "font.size": 9, "axes.unicode_minus": False}
     settings |= {"axes.formatter.use_mathtext": False, "path.simplify": True}
     out = io.StringIO()
     with package.rc_context(settings):

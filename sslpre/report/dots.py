@@ -78,5 +78,6 @@ def legend(letter: str, groups: np.ndarray, titles: Sequence[str]) -> str:
 
 def as_json(value: object) -> str:
     """JSON that ends no <script>, whatever it holds."""
-    plain = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    plain = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)  # names are half as long so
+    plain = plain.encode("utf-8", "backslashreplace").decode()  # half a pair is an escape of JSON's, too
     return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

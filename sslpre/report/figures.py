@@ -32,11 +32,11 @@ def learning(history: History, judged: str) -> str:
     main = next((name for name in likely if name in history.curves), None)
     if main is None:
         return section("Loss and health", "curves", paragraph("No step has been logged yet."))
-    plots = [losses(history, main)]
-    plots += [plain(history.curves[name], name) for name in names if name != main]
-    if "lr" in history.curves:
-        plots.append(plain(history.curves["lr"], "learning rate"))
-    shown, left = plots[:MOST], len(plots) - MOST
+    others = [name for name in (*names, *(("lr",) if "lr" in history.curves else ())) if name != main]
+    left = 1 + len(others) - MOST
+    shown = [losses(history, main)]
+    for name in others[: MOST - 1]:
+        shown.append(plain(history.curves[name], "learning rate" if name == "lr" else name))
     more = paragraph(f"{left} more curves are in metrics.jsonl.") if left > 0 else ""
     return section("Loss and health", "curves", grid(shown), more, "<h3>Health of the features</h3>", health(history))
 
@@ -61,9 +61,9 @@ def health(history: History) -> str:
         keys = " ".join(key(at, f"{name} {figure(curve.values[-1])}") for at, (name, curve) in enumerate(pair))
         plots.append(framed(Plot("cosines", pair), "cosine of two views", "", keys))
     for name in (*HEALTH, *sorted(set(found) - set(HEALTH) - set(TWO))):
-        if name in found:
+        if name in found and len(plots) < MOST:
             plots.append(plain(found[name], name, HEALTH.get(name, "")))
-    return grid(plots[:MOST])
+    return grid(plots)
 
 
 def key(at: int, words: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,14 +103,14 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, else None."""
+    """A finite number, below what can be drawn, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < 1e300 else None  # what is larger cannot be drawn; NaN is not less than anything
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 
 from sslpre.errors import SslpreError
 from sslpre.ops import ranks
-from sslpre.report import NAME, kept_probe, known, pictured, previewed
+from sslpre.preview import Subject, pictures
+from sslpre.report import NAME, ROWS, kept_probe, known, pictured, strips
 from sslpre.report.gallery import MOST, Sample
 from sslpre.report.page import LATER, Content, page
 from sslpre.train.disk import reason
@@ -21,7 +22,8 @@ from sslpre.train.runs import write_text
 if TYPE_CHECKING:
     from sslpre.train.loop import Run
 
-SHARE = 0.02  # of the run's time
+SHARE = 0.02  # of the run's time, and what part of it is for curves
+FOR_CURVES = 0.25
 CURVES, IMAGES = 1.5, 4.0  # seconds that curves, and all but the encoder's pass, are taken to need the first time
 
 
@@ -29,30 +31,32 @@ class Live:
     """`Live()(run)` after each line of the log: rewrites RUN/report.html when there is time for it.
 
     Curves and verdict come from the log; map, neighbours, clusters and preview are made anew when their time has been
-    earned, too, by one process that is alone. Nothing that fails here stops a run or changes a bit of it: it is said
-    once, and the page stays as it was.
+    earned, too, by one process that is alone. A page that `sslpre report` has written meanwhile is left until then.
+    Nothing that fails here stops a run or changes a bit of it: it is said once, and the page stays as it was.
     """
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
-        self.spent = 0.0
+        self.spent = self.spent_images = 0.0  # seconds, each from a share of its own: curves are wanted more often
         self.curves, self.images = CURVES, 0.0  # seconds that they took the last time
         self.content: Content | None = None  # the last one with images
         self.sample: Sample | None = None
-        self.written = self.over = self.told = False
+        self.own = 0  # when the page that lies there was written, if it was here
+        self.over = self.told = False
 
     def __call__(self, run: Run) -> None:
         if self.over or ranks.rank():
             return
         began = time.monotonic()
-        earned = SHARE * (began - self.begun) - self.spent
-        ended = run.step >= run.steps
-        if earned < self.curves and not (
-            ended and (run.folder / NAME).exists()
-        ):  # a page that is there must not say: training
+        age = began - self.begun
+        ended = bool(run.ending) or run.step >= run.steps
+        there = written(run.folder / NAME)
+        # a page that is there must not say that a run trains which has ended
+        if age * SHARE * FOR_CURVES - self.spent < self.curves and not (ended and there):
             return
+        before = self.spent_images
         try:
-            self.rewrite(run, earned - self.curves)
+            self.rewrite(run, 0.0 if ended else age * SHARE * (1 - FOR_CURVES) - self.spent_images, there)
         except OSError as error:
             self.tell(f"warning: `{run.folder / NAME}` is not rewritten: {reason(error)}")
         except SslpreError as error:
@@ -61,23 +65,28 @@ class Live:
         except Exception as error:  # whatever it is, a night's training does not end for a page
             self.over = True
             self.tell(f"warning: no {NAME} from here on, please report it: {type(error).__name__}: {error}")
-        self.spent += time.monotonic() - began
+        self.spent += time.monotonic() - began - (self.spent_images - before)
 
-    def rewrite(self, run: Run, earned: float) -> None:
+    def rewrite(self, run: Run, earned: float, there: int) -> None:
+        """earned: seconds for images. there: when the page that lies there was written, 0 for none."""
         began = time.monotonic()
         content = known(run.folder, run.recipe)
-        content = replace(content, step=run.step, state="finished" if run.step >= run.steps else "training")
-        needed = self.images or IMAGES + self.passing(run, content)
+        state = "finished" if run.step >= run.steps else run.ending or "training"
+        content = replace(content, step=run.step, state=state)
         made = 0.0
-        if ranks.world() == 1 and earned > needed:
+        if ranks.world() == 1 and earned > (self.images or IMAGES + self.passing(run, content)):
             at = time.monotonic()
-            self.content = self.seen(run, content)
-            made = self.images = time.monotonic() - at
-        write_text(run.folder / NAME, page(self.joined(content)))
+            try:
+                self.content = self.seen(run, content)
+            finally:
+                made = self.images = time.monotonic() - at
+                self.spent_images += made
+        if self.content is not None or not there or there == self.own:
+            write_text(run.folder / NAME, page(self.joined(content)))
+            if not self.own:
+                say(f"report     {run.folder / NAME}, rewritten while it trains")
+            self.own = written(run.folder / NAME)
         self.curves = time.monotonic() - began - made
-        if not self.written:
-            say(f"report     {run.folder / NAME}, rewritten while it trains")
-        self.written = True
 
     def passing(self, run: Run, content: Content) -> float:
         """Seconds that the images would take at the pace of training, which is slower than looking at them."""
@@ -91,9 +100,10 @@ class Live:
             self.sample = Sample(stream.source, encoder.image_size, stream.side, run.device, stream.workers)
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             content = pictured(content, self.sample, encoder, run.step, run.device, spread=False)
-            if self.content is None:
-                return previewed(content, run.folder, run.device, lambda line: None)
-        return replace(content, rows=self.content.rows, absent=self.content.absent)
+            weights = f"weights: step {run.step:,} of {run.steps:,}"
+            epoch, progress = run.step // stream.steps_per_epoch, run.step / run.steps
+            subject = Subject(run, "", (weights,), epoch, progress)
+            return replace(content, rows=strips.drawn(pictures(subject, ROWS), subject))
 
     def joined(self, content: Content) -> Content:
         """What the log tells now, with the images of the last time."""
@@ -116,3 +126,11 @@ class Live:
         if not self.told:
             say(line)
         self.told = True
+
+
+def written(path: Path) -> int:
+    """When the file was last written, in nanoseconds; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -103,7 +103,7 @@ def refuse(recipe: Recipe, found: Found, views: Views) -> None:
     if method.needs_labels and not found.train.classes:
         raise SslpreError(f"method `{name}` needs labels", "put each class into a folder of its own", 4)
     if recipe.train.monitor == "knn" and len(found.train.classes) < 2:
-        raise SslpreError(f"no labels to monitor with in `{found.train.where}`", "leave --monitor out", 4)
+        raise SslpreError(f"no labels to monitor with in `{found.train.where}`", "--monitor none", 4)
     if len(views.sides) not in method.views:
         wanted = (
             f"{method.views.start} to {method.views.stop - 1}" if len(method.views) > 1 else f"{method.views.start}"

@@ -22,6 +22,7 @@ sslpre pretrain THIS-FILE"""
 # Keys that may differ between the parts of a run: what it bears, how often it saves, how much it holds in memory, what
 # is looked at.
 FREE = {"data": ("max_bad",), "train": ("checkpoint_minutes", "micro_batch", "on_collapse", "monitor")}
+TOGETHER = ("on_collapse", "monitor")  # of these what processes must have alike: they do it together
 
 OWN_DISK = {"data": ("images",), "encoder": ("init",)}
 
@@ -44,7 +45,9 @@ def keys_of(recipe: Recipe) -> dict[str, str]:
     found = {"recipe (views)": str(tables.pop("views"))}
     for table, keys in tables.items():
         free = (*FREE.get(table, ()), *OWN_DISK.get(table, ()))
-        found |= {f"recipe ({table}.{key})": str(item) for key, item in keys.items() if key not in free}
+        found |= {
+            f"recipe ({table}.{key})": str(item) for key, item in keys.items() if key in TOGETHER or key not in free
+        }
     return found
 
 

@@ -18,7 +18,7 @@ from sslpre.data.stream import Stream
 from sslpre.objective import Epoch, Objective
 from sslpre.ops import ranks
 from sslpre.recipe import Recipe
-from sslpre.train import changes, checkpoint, distributed, finite, health, memory, metrics, optim
+from sslpre.train import changes, checkpoint, distributed, finite, memory, metrics, optim, verdict
 from sslpre.train.disk import Disk
 from sslpre.train.interrupt import Interrupted, interruptible
 from sslpre.train.progress import Display, Meter
@@ -48,12 +48,11 @@ class Run:
     unsettled: deque[tuple[int, dict[str, Tensor]]] = field(default_factory=deque)  # terms of those that may not be
     undo: memory.Undo | None = None  # what was before the last step, where its answer is late
     passed_over: int = 0  # steps that were not finite
+    ending: str = ""  # "stopped" where it will not go on to its last step
     verdict: str = ""  # on its health, with what to do, as of the last look
     told: list[dict[str, Any]] = field(default_factory=list)  # lines for metrics.jsonl
     outdated: list[Path] = field(default_factory=list)  # checkpoints on other images, to go when there is a new one
-    onlookers: Sequence[
-        Callable[[Run], None]
-    ] = ()  # called in every process after a line of the log; they change nothing
+    onlookers: Sequence[Callable[[Run], None]] = ()  # called in every process after a line of the log; change nothing
     guard: Callable[[], None] = lambda: None  # raises where another run has taken the directory over
 
     @property
@@ -77,7 +76,7 @@ def train(run: Run) -> dict[str, float]:
     with (
         metrics.metrics_from(run.folder / "metrics.jsonl", run.step) as log,
         Display(run.steps, run.step) as display,
-        health.watching(run) as watch,
+        verdict.watching(run) as watch,
         interruptible() as stop,
         contextlib.closing(run.stream.steps(run.step, run.steps)) as batches,
     ):
@@ -86,7 +85,7 @@ def train(run: Run) -> dict[str, float]:
             if done == 0:
                 finite.settle(run)
                 start_epoch(run, epoch)
-                metrics.write_notes(run, log, epoch)
+                metrics.write_notes(run, log, watch, epoch)
             run.objective.train()
             take_step(run, pixels, epoch)
             meter.add(len(pixels.index) * ranks.world(), run.stream.waited)
@@ -101,13 +100,14 @@ def train(run: Run) -> dict[str, float]:
                 metrics.write_told(run, log)
             if log_now and run.summed:
                 metrics.write_metrics(run, log, display, meter, watch, pixels, epoch)
-            if done + 1 == an_epoch:
-                metrics.write_survey(run, log, watch, epoch)
             collapsed = bool(log_now) and watch.ends(run)
             if save_now or stop_now or collapsed:
-                save(run, meter, disk, patient=not stop_now)
+                save(run, meter, disk, patient=not (stop_now or collapsed))
                 saved_at = time.monotonic()
-            for look_on in run.onlookers if log_now else ():
+            if done + 1 == an_epoch and not (stop_now or collapsed):
+                metrics.write_survey(run, log, watch, meter, epoch)
+            run.ending = "stopped" if stop_now or collapsed else ""
+            for look_on in run.onlookers if log_now or run.ending else ():
                 look_on(run)
             if collapsed:
                 raise watch.stopped(run)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sslpre.train import distributed, health
+from sslpre.train import distributed, health, verdict
 from sslpre.train.disk import reason
 from sslpre.train.progress import Display, Meter, say
 from sslpre.train.runs import write_text
@@ -50,7 +50,7 @@ def due(run: Run, meter: Meter) -> bool:
 
 
 def write_metrics(
-    run: Run, log: Log, display: Display, meter: Meter, watch: health.Watch, pixels: Pixels, epoch: int
+    run: Run, log: Log, display: Display, meter: Meter, watch: verdict.Watch, pixels: Pixels, epoch: int
 ) -> None:
     """Mean of each term since the last line, over all processes: the only time the sums are read from the device."""
     names = list(run.sums)
@@ -68,10 +68,13 @@ def write_metrics(
     display.update(run.step, shown, watch.verdict)
 
 
-def write_survey(run: Run, log: Log, watch: health.Watch, epoch: int) -> None:
+def write_survey(run: Run, log: Log, watch: verdict.Watch, meter: Meter, epoch: int) -> None:
+    """What is looked at after an epoch; its time is not counted among that of training."""
+    began = time.monotonic()
     figures = watch.survey(run) | health.neighbours(run)
     if figures:
-        log.write({"step": run.step, "epoch": epoch, "health": figures})
+        log.write({"step": run.step, "epoch": epoch, "health": health.rounded(figures)})
+    meter.since += time.monotonic() - began
 
 
 def write_told(run: Run, log: Log) -> None:
@@ -81,9 +84,10 @@ def write_told(run: Run, log: Log) -> None:
     run.told.clear()
 
 
-def write_notes(run: Run, log: Log, epoch: int) -> None:
+def write_notes(run: Run, log: Log, watch: verdict.Watch, epoch: int) -> None:
     """What the method tells of its new epoch. As of the epoch's first step: a run that goes on writes it once."""
     notes = run.objective.notes()
+    watch.clusters |= {key: notes[key] for key in ("clusters", "nmi") if key in notes}
     if notes:
         log.write({"step": run.step + 1, "epoch": epoch, **notes})
 

@@ -101,6 +101,8 @@ def go_on_with(folder: Path, options: Options, where: torch.device, hold: contex
     run = distributed.alike(lambda: build(folder, recipe, load_data(recipe), where, options.workers, begun))
     run.guard, run.onlookers = guard, options.onlookers
     distributed.agree(directory=str(folder.absolute()), images=run.facts["data"], **keys_of(recipe))
+    if distributed.first() and recipe != recipes.load(str(folder / "recipe.toml")):  # what was said anew can be done
+        write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
     distributed.from_first(lambda: tidy(run))
     parts_anew = said(options).get("train", {}).get("micro_batch") is not None
     distributed.alike(lambda: go_on(run, parts_anew, options.data_changed))
@@ -134,11 +136,7 @@ def as_it_was(folder: Path, options: Options) -> Recipe:
         refuse_other(recipe, wish(options, recipe.encoder.init), folder)
     typed = said(options)
     anew = {table: {k: typed[table][k] for k in keys if k in typed.get(table, {})} for table, keys in FREE.items()}
-    if any(anew.values()):
-        recipe = recipe.edit(**anew)
-        if distributed.first():
-            write_text(folder / "recipe.toml", recipes.write(recipe, HEADER))
-    return recipe
+    return recipe.edit(**anew) if any(anew.values()) else recipe
 
 
 def wanted_store(options: Options) -> str | None:
@@ -225,10 +223,16 @@ def start(options: Options, where: torch.device, hold: contextlib.ExitStack) -> 
         raise
 
 
-def planned(options: Options, where: torch.device) -> tuple[Recipe, Found, starts.Start | None, Recipe]:
-    """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced."""
+def planned(
+    options: Options, where: torch.device, found: Found | None = None
+) -> tuple[Recipe, Found, starts.Start | None, Recipe]:
+    """The recipe as typed, its images, the weights that it starts from, and the recipe with every `auto` replaced.
+
+    found: the images, where they were looked for already.
+    """
     wanted = wish(options)
-    found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
+    if found is None:
+        found = find(options.images, wanted.data.max_pixels) if options.images is not None else load_data(wanted)
     begun = (
         starts.read(wanted.encoder.init, wanted.encoder.backbone, wanted.encoder.stem) if wanted.encoder.init else None
     )

@@ -32,9 +32,10 @@ from sslpre.data.find import Found, find, subset
 from sslpre.encoder import Encoder, build
 from sslpre.errors import SslpreError
 from sslpre.methods import methods
-from sslpre.probe import SEEDS, Exam, centres, labelled, lent
+from sslpre.probe import SEEDS, Asked, Exam, centres, labelled, lent
 from sslpre.probe.features import calibration_images, layout, random_twin
 from sslpre.probe.judge import Answers, best
+from sslpre.probe.knn import K
 from sslpre.probe.linear import split
 from sslpre.probe.table import Score
 from sslpre.recipe import Recipe
@@ -48,7 +49,9 @@ HELD_OUT = 0.2
 SETTING = re.compile(r",(?=[a-z]\w*\.)")  # a comma before TABLE.KEY, not one within a list
 WARM = 2  # steps before time is taken
 RANDOM, RAW = "random weights", "raw pixels"
+ASKED = Asked(True, True, False, (100.0,), (K,))
 HEAD = ("method", "settings", "epochs", "time", "views/s", "loss of chance", "best stage", "linear")
+ASKED = Asked(True, True, False, (100.0,), (K,))
 HEAD = (*HEAD, "output, linear", "output, kNN", "beats random")
 
 
@@ -253,7 +256,7 @@ class Room:
     def of(cls, found: Found, encoder: Encoder, side: int, where: torch.device) -> Room:
         data = labelled(found.train, found.test, 0)
         parts = centres(data, encoder.image_size, side, where, ours.workers(), 0.01)
-        return cls(Exam(data, parts, layout(encoder.eval()), True, True, 0, where, say))
+        return cls(Exam(data, parts, layout(encoder.eval()), ASKED, 0, where, say))
 
     def judged(self, name: str, encoders: list[Encoder]) -> dict[str, Any]:
         """Every stage and the output, means over the encoders, and which stage held-out training images choose."""
@@ -263,7 +266,10 @@ class Room:
                 self.exam.take([(name, encoder)])
         plan, found = self.exam.plan, self.exam.found[name]
         rows = [self.row(features, dim, some) for features, dim, some in zip(plan.names, plan.dims, found, strict=True)]
-        return {"rows": rows, "best": best(plan.names, [some[0] for some in found], True, True)}
+        return {
+            "rows": rows,
+            "best": {question.key: name for question, name in best(plan.names, [some[0] for some in found]).items()},
+        }
 
     def baselines(self, encoder: Encoder, about: dict[str, Any], path: Path) -> None:
         """Random weights, the mean of three seeds, and raw pixels: a line each, unless they are there."""
@@ -278,13 +284,12 @@ class Room:
         add(path, {**about, "method": RAW, "rows": [self.row("pixels", self.exam.raw_dim, [self.exam.raw])]})
 
     def row(self, features: str, dim: int, found: list[Answers]) -> dict[str, Any]:
-        linear, knn = self.exam.judge().scores(found)
-        return {"features": features, "dim": dim, "linear": plain(linear), "knn": plain(knn)}
+        scores = self.exam.judge().scores(found)
+        return {"features": features, "dim": dim, **{question.key: plain(one) for question, one in scores.items()}}
 
 
-def plain(score: Score | None) -> dict[str, Any]:
-    assert score is not None
-    return asdict(score)
+def plain(score: Score) -> dict[str, Any]:
+    return {key: asdict(score)[key] for key in ("accuracy", "low", "high", "strengths")}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ def test_every_part_is_there(written):
     assert page.count("<svg class=plot") >= 8 and "0°" in page
     assert "equal to the pixel: birch/07.jpg, birch/again.jpg" in page
     assert "PCA: the first two directions" in page or "UMAP" in page
-    assert "random weights" in page and "chance" in page
+    assert "random weights" in page and "chance" in page and f"sslpre probe {written.parent}<" in page
     recipe = (written.parent / "recipe.toml").read_text()
     assert all(markup.text(line) in page for line in recipe.splitlines())
 
@@ -178,7 +178,17 @@ def test_the_probe_is_kept_while_the_weights_are_the_same(written, monkeypatch, 
     assert f"{100 * kept['rows'][0]['linear']['accuracy']:.1f}" in written.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("change", [{"rows": [1]}, {"rows": [{"weights": "x"}]}, {"chance": "much"}, {"step": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [1]},
+        {"rows": [{"weights": "x"}]},
+        {"chance": "much"},
+        {"step": True},
+        {"warnings": [[]]},
+        {"warnings": 1},
+    ],
+)
 def test_a_probe_that_is_not_what_was_written_is_measured_again(tmp_path, change):
     row = {"weights": "encoder", "features": "output", "dim": 3, "knn": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
     whole = {
@@ -190,7 +200,7 @@ def test_a_probe_that_is_not_what_was_written_is_measured_again(tmp_path, change
         "classes": [],
         "split": "",
     }
-    whole |= {"train_images": 3, "test_images": 3}
+    whole |= {"train_images": 3, "test_images": 3, "warnings": []}
     (tmp_path / "probe.json").write_text(json.dumps(whole))
     assert room.kept_probe(tmp_path) == whole
     (tmp_path / "probe.json").write_text(json.dumps(whole | change))

@@ -115,6 +115,8 @@ def head(content: Content, across: int) -> str:
         steps = f"<li>{text(advice[:1].upper() + advice[1:])}.</li>{steps}"
     worth = f"<p id=worth>Probe: {text(content.probe['verdict'])}</p>" if content.probe else ""
     tone = TONES.get(words, "none")
+    if tone == "good" and content.probe and not beats_random(content.probe):
+        tone = "warn"  # features that differ are not yet features that are worth something
     links = "".join(f"<a href='#{anchor}'>{title}</a>" for anchor, title in anchors(content))
     return f"""<header>
 <h1>{text(name(Path(content.run).name))}</h1>
@@ -330,14 +332,20 @@ def probed(content: Content, across: int) -> str:
     classes, counts = len(report["classes"]), [report["train_images"], report["test_images"]]
     told = (
         f"{report['verdict']} {counts[0]:,} training and {counts[1]:,} test images of {classes:,} classes, "
-        f"{report['split']}; in brackets 95 % bootstrap intervals. That is the output alone; of every stage and image:"
+        f"{report['split']}; in brackets 95 % bootstrap intervals."
     )
     notes = "".join(f"<p class=soft>{text(note)}</p>" for note in report.get("warnings", ()))
     at = paragraph(f"At step {report['step']:,}.") if report.get("step") != content.step else ""
     whole = command("sslpre", "probe", content.run)
     head = ("weights", "features", *(heads[metric] for metric in metrics))
     return section(
-        "How good it is", "probe", paragraph(told), table(head, rows), at, notes, f"<p>The same again: {whole}</p>"
+        "How good it is",
+        "probe",
+        paragraph(told),
+        table(head, rows),
+        at,
+        notes,
+        f"<p>Every stage, on every image: {whole}</p>",
     )
 
 

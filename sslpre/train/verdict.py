@@ -40,7 +40,7 @@ ALIKE = 0.01  # deviation of coarse pictures, below which images show nothing th
 
 @dataclass
 class Watch:
-    """What is known of a run's health. first: spread in training and in evaluation, and directions, at the first look."""
+    """What is known of a run. first: spread in training and in evaluation, and directions, at the first look."""
 
     ring: Ring = field(default_factory=Ring)
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))  # of the last losses to those of chance

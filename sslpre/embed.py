@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import sslpre
-from sslpre.data import Source
+from sslpre.data import BadImage, Source
 from sslpre.data.find import Folder
 from sslpre.data.stream import BadList
 from sslpre.encoder import SIDES, Encoder
@@ -26,6 +27,7 @@ from sslpre.errors import SslpreError, disk_code
 from sslpre.export import stage_number
 from sslpre.probe import lent
 from sslpre.probe.features import Centres, Layout, describe, fingerprint, layout
+from sslpre.synced import sync_folder
 
 KINDS = (".npz", ".npy", ".parquet")
 # what numpy, zipfile and json raise for a file that is cut, changed or made up
@@ -38,7 +40,7 @@ AGAIN = "sslpre embed ./images -o out.npz writes one"
 
 @dataclass(frozen=True)
 class Embedding:
-    """paths: [N], where the images were, from the folder of the call; a name's unprintable characters are written out.
+    """paths: [N], where the images were, from the folder of the call; what is no UTF-8 in a name is written out.
     features: [N, D], float16 or float32. about: how they were made: `encoder` and `encoder_hash`, `stage`,
     `image_size`, `store_size`."""
 
@@ -92,7 +94,7 @@ def embed(
                 with np.errstate(over="ignore"):  # what is too large is refused in our words
                     told = found.cpu().numpy().astype(features.dtype)
                 refuse_odd(told, half)
-                paths += [f"{source.where}/{source.name(i)}" for i in views.index[len(paths) - begun :].tolist()]
+                paths += [path_of(source, i) for i in views.index[len(paths) - begun :].tolist()]
                 features[len(paths) - len(told) : len(paths)] = told
             say(f"embedded   {source.where}: {len(paths) - begun:,} images")
     about = {
@@ -104,6 +106,14 @@ def embed(
         "store_size": side,
     }
     return Embedding(paths, features[: len(paths)], about)
+
+
+def path_of(source: Source, i: int) -> str:
+    """Where the image is, from the folder of the call: what opens it, but for a name that is no UTF-8."""
+    if isinstance(source, Folder):
+        with contextlib.suppress(UnicodeDecodeError):
+            return source.path(i).decode()
+    return f"{source.where}/{source.name(i)}"
 
 
 def row_of(plan: Layout, encoder: Encoder, stage: str | None) -> int:
@@ -146,7 +156,10 @@ def write(embedding: Embedding, out: Path) -> None:
             beside(out).write_text(told, encoding="utf-8")
         else:
             write_parquet(embedding, about, half_made)
+        with open(half_made, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(half_made, out)
+        sync_folder(out.parent)
     except BaseException as error:  # Ctrl-C too: nothing half made stays
         half_made.unlink(missing_ok=True)
         if out.suffix == ".npy" and not out.exists():
@@ -158,7 +171,8 @@ def write(embedding: Embedding, out: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises SslpreError: exit 2 where `out` is of no kind that is known or is there already, 3 without pyarrow."""
+    """Raises SslpreError: exit 2 where `out` is of no kind that is known or is there already, 3 without pyarrow or
+    where nothing can be written."""
     if out.suffix not in KINDS:
         plain = shlex.quote(str(out.with_suffix(".npz")))
         raise SslpreError(f"`{out}` ends in none of {', '.join(KINDS)}", f"write -o {plain}")
@@ -167,6 +181,9 @@ def check_out(out: Path) -> None:
             raise SslpreError(f"`{path}` exists", "name another file, or remove it first")
     if out.suffix == ".parquet":
         arrow()
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):  # before an hour is spent
+        raise SslpreError(f"`{out}` cannot be written", "name a place with room that you may write to", 3)
 
 
 def beside(out: Path) -> Path:
@@ -239,17 +256,22 @@ def near(
 ) -> list[tuple[float, str]]:
     """The `count` images of the file whose features are most like those of `image`: (cosine, path), the nearest first.
 
-    Raises SslpreError: exit 2 where the encoder is not the file's, 4 where there is no such image, 10 as `embed` and
-    where all features are 0, 20 where the image cannot be read.
+    Raises SslpreError: exit 2 where the encoder is not the file's, 4 where there is no such image or it cannot be read,
+    10 as `embed` and where all features are 0.
     """
     about = embedding.about
     if fingerprint(encoder) != about["encoder_hash"]:
         hint = "name the one it was made with: --encoder RUN|PATH; or embed the images anew"
         raise SslpreError("the encoder is not the one that the file was made with", hint)
     stage = None if about["stage"] == "output" else about["stage"]
+    source = alone(image, max_pixels)
+    try:
+        source.read(0, about["store_size"])
+    except BadImage as error:
+        raise SslpreError(f"`{image}` cannot be read: {error.reason}", "name another image", 4) from error
     one = embed(
         encoder,
-        [alone(image, max_pixels)],
+        [source],
         side=about["store_size"],
         stage=stage,
         half=False,

@@ -1,6 +1,7 @@
 """Features as a file: the numbers are the encoder's, the file is whole or not there, and nearest means nearest."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -226,13 +227,28 @@ def test_from_the_command_line(trained, photos, run_cli, tmp_path):
     assert done.out.splitlines()[0].split() == [f"{first['cosine']:.4f}", str(image)]
 
 
-def test_train_and_test_folders_are_both_embedded(trained, photos, run_cli, tmp_path):
-    for part in ("train", "test"):
-        shutil.copytree(photos, tmp_path / "both" / part)
-    done = run_cli("embed", "both", "-o", "out.npy", "--encoder", trained, "--device", "cpu")
+def test_every_image_is_embedded_and_every_path_opens(trained, photos, run_cli, tmp_path):
+    for part in ("train", "test", "val"):
+        shutil.copytree(photos, tmp_path / "all" / part)
+    some = next(photos.rglob("*.jpg"))
+    odd = ["narrow\u202fspace.jpg", "two\nlines.jpg", os.fsdecode(b"no\xfftext.jpg")]
+    for name in odd:
+        shutil.copy(some, tmp_path / "all" / name)
+    done = run_cli("embed", "all", "-o", "out.npy", "--encoder", trained, "--device", "cpu")
     assert done.code == 0, done.err
     paths = json.loads((tmp_path / "out.json").read_text())["paths"]
-    assert len(paths) == 96 and all((tmp_path / path).is_file() for path in paths)
+    assert len(paths) == 3 * 48 + 3
+    lost = [path for path in paths if not (tmp_path / path).is_file()]
+    assert lost == ["all/no\\xfftext.jpg"], "a name that is no UTF-8 has no place in any of the files"
+
+
+def test_an_image_that_cannot_be_read_and_a_place_that_cannot_be_written(trained, photos, run_cli, tmp_path):
+    assert run_cli("embed", photos, "-o", "out.npz", "--encoder", trained, "--device", "cpu").code == 0
+    (tmp_path / "cut.jpg").write_bytes(next(photos.rglob("*.jpg")).read_bytes()[:100])
+    done = run_cli("near", "cut.jpg", "--in", "out.npz", "--device", "cpu")
+    assert done.code == 4 and "error: `cut.jpg` cannot be read: " in done.err
+    done = run_cli("embed", photos, "-o", "cut.jpg/out.npz", "--encoder", trained, "--device", "cpu")
+    assert done.code == 3 and "encoder    " not in done.err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sslpre.cli.probe import DEVICES, images_of, locate, opened
+from sslpre.cli.probe import DEVICES, locate, opened
 from sslpre.cli.words import check_folder, flag, not_empty, number, one_of, whole
 from sslpre.errors import printable
 
@@ -44,6 +44,7 @@ def embed(
     path = locate(encoder)
     check_folder(images)
 
+    from sslpre.data.find import every
     from sslpre.embed import check_out, write
     from sslpre.embed import embed as features_of
     from sslpre.train.device import pick
@@ -53,13 +54,11 @@ def embed(
     where = pick(device)
     network, _, table, facts = opened(path, where)
     say(f"encoder    {path} at step {facts.get('step', '0')}: {network.architecture}, {network.image_size} px")
-    found = images_of(table.model_copy(update={"images": images}))
-    sources = [found.train, *([found.test] if found.test is not None else [])]
-    notes = [note for note in (found.note, found.passed_over) if note]
-    say(f"images     {images}: {sum(map(len, sources)):,} images" + (f" ({'; '.join(notes)})" if notes else ""))
+    source = every(Path(images), table.max_pixels)
+    say(f"images     {source.where}: {len(source):,} images")
     embedding = features_of(
         network,
-        sources,
+        [source],
         side=int(table.store_size),
         stage=stage,
         half=float16,

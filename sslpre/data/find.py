@@ -193,6 +193,15 @@ def find(root: Path, max_pixels: int = MAX_PIXELS) -> Found:
     return Found(source, test, dict(skipped), "; ".join(note), passed_over)
 
 
+def every(root: Path, max_pixels: int = MAX_PIXELS) -> Folder:
+    """All images at and below `root`, whatever its folders are called; the rest as `find`."""
+    top, skipped = os.fsencode(root), Counter[str]()
+    _top_level(root, top, printable(top))
+    index = _scan(top, {_identity(os.stat(top))}, skipped)
+    _need_images(index, printable(top), skipped)
+    return _folder(top, printable(top), index, max_pixels)
+
+
 def _best_test(candidates: list[Folder]) -> int | None:
     """The number of the first test split with labels, else of the first with images, else None."""
     labelled = (i for i, one in enumerate(candidates) if (one.labels >= 0).any())

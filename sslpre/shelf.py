@@ -1,12 +1,18 @@
 """Recipes by name: those that ship with sslpre, then those of plug-ins; read without importing anything heavy."""
 
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 
 def folder() -> Traversable:
     """Where our recipes lie: `sslpre/recipes` in an installed wheel, `recipes` beside the package in a checkout."""
+    from importlib.resources import files  # not with help, which comes sooner without it
+
     installed = files("sslpre") / "recipes"
     return installed if installed.is_dir() else files("sslpre") / ".." / "recipes"
 

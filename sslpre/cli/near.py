@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +36,8 @@ def near(
     most = whole("--count", count, 10) or 10
     if not Path(image).is_file():
         raise SslpreError(f"there is no image `{image}`", EXAMPLE, 4)
+
+    import json
 
     from sslpre.embed import near as nearest
     from sslpre.embed import read

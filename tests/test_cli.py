@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sslpre import __version__
-from sslpre.cli import app
+from sslpre.cli import verbs
 from sslpre.cli.pretrain import look
 from sslpre.cli.words import number, one_of, whole
 from sslpre.errors import SslpreError
@@ -401,7 +401,7 @@ def test_words():
 
 
 def test_every_command_has_a_runnable_example():
-    commands = {command.name: command.callback for command in app.registered_commands}
+    commands = {verb.__name__.removesuffix("_"): verb for verb in verbs}
     assert set(commands) == set(VERBS)
     for name, callback in commands.items():
         assert f"sslpre {name}" in callback.__doc__

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 from sslpre import encoder, methods, recipe
-from sslpre.cli import app
+from sslpre.cli import program
 from sslpre.objective import Batch, Setup
 from sslpre.shelf import names, shipped, text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PROGRAM = typer.main.get_command(app)
+PROGRAM = program()
 SET_UP = ("pip install . && sslpre pretrain simclr", "pip install '.[test]' && pytest")
 
 

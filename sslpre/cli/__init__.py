@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -33,12 +33,6 @@ from sslpre.errors import SslpreError
 
 PIPE = 13  # SIGPIPE, which some systems have not
 
-app = typer.Typer(
-    cls=Group,
-    add_completion=False,
-    rich_markup_mode=None,  # plain help: half the start-up time, one screen, nothing to switch off for NO_COLOR
-    pretty_exceptions_enable=False,
-)
 verbs = (
     pretrain.pretrain,
     probe.probe,
@@ -54,8 +48,32 @@ verbs = (
     check.check,
     recipes.recipes,
 )
-for verb in verbs:
-    app.command(verb.__name__.removesuffix("_"), cls=Command)(verb)  # `import` is a word of Python's own
+
+
+def program(words: Sequence[str] | None = None) -> Any:
+    """The program, whole or for these words: of verbs that are not among them only what they are for is known, because
+    reading what all of them take is half the time until help comes."""
+    app = typer.Typer(
+        cls=Group,
+        add_completion=False,
+        rich_markup_mode=None,  # plain help: half the start-up time, one screen, nothing to switch off for NO_COLOR
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(sslpre)
+    for verb in verbs:
+        name = verb.__name__.removesuffix("_")  # `import` is a word of Python's own
+        app.command(name, cls=Command)(verb if words is None or name in words else outline(verb))
+    return typer.main.get_command(app)
+
+
+def outline(verb: Callable[..., None]) -> Callable[[], None]:
+    """A verb that takes nothing, for the list in help."""
+
+    def nothing() -> None:
+        raise RuntimeError(f"{verb.__name__} was not built")
+
+    nothing.__doc__ = verb.__doc__
+    return nothing
 
 
 def show_version(wanted: bool) -> None:
@@ -64,7 +82,6 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def sslpre(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
@@ -98,7 +115,7 @@ def understood(words: list[str], met: list[int]) -> int:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
-    command = typer.main.get_command(app)
+    command = program(words)
     cause: BaseException
     try:
         code = command.main(words or ["--help"], prog_name="sslpre", standalone_mode=False)

@@ -435,7 +435,7 @@ def test_not_yet_learning_is_said_once_and_late(tmp_path, capsys):
 def test_what_a_method_is_judged_by(tmp_path):
     assert verdict.chance_of(short("rotation", tmp_path / "r"), {"loss": 2.0}) == (2.0, pytest.approx(math.log(4)))
     paint = short("inpainting", tmp_path / "i")
-    assert verdict.chance_of(paint, {"encoder.rec": 0.1, "encoder.flat": 0.4}) == (0.1, 0.4)
+    assert verdict.chance_of(paint, {"encoder.rec": 0.1, "encoder.blank": 0.4}) == (0.1, 0.4)
     colour = short("colorization", tmp_path / "c")
     assert verdict.chance_of(colour, {"loss": 3.0, "constant": 4.5}) == (3.0, 4.5)
     assert verdict.chance_of(colour, {"loss": 3.0}) is None

@@ -32,7 +32,7 @@ class Inpainting(Objective):
 
     players: ClassVar = {"encoder": ("",), "discriminator": ("discriminator",)}
     rates: ClassVar = {"discriminator": 0.1}  # section 4: ten times as much for the context encoder
-    judged: ClassVar = ("encoder.rec", "encoder.flat")
+    judged: ClassVar = ("encoder.rec", "encoder.blank")
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Inpainting(Objective):
         if adversarial:
             self.discriminator = discriminator(self.painted)
         else:
-            self.players, self.rates, self.judged = {"all": ("",)}, {}, ("rec", "flat")  # type: ignore[misc]  # alone
+            self.players, self.rates, self.judged = {"all": ("",)}, {}, ("rec", "blank")  # type: ignore[misc]  # alone
 
     def rounds(self, batch: Batch) -> Iterator[Loss]:
         x = batch.views[0]
@@ -65,9 +65,7 @@ class Inpainting(Objective):
         y = self.paint(self.hidden(x, hole))
         weight = asked * torch.where(hole, 1.0, self.overlap_weight).to(y.dtype)
         rec = l2(y, truth, weight, asked)
-        # the L2 of the mean colour that the encoder takes off, and of the best one colour for this batch
-        terms = {"rec": rec, "blank": l2(2 * self.encoder.mean - 1, truth, weight, asked)}
-        terms["flat"] = l2(one_colour(truth, weight, asked), truth, weight, asked)
+        terms = {"rec": rec, "blank": l2(2 * self.encoder.mean - 1, truth, weight, asked)}  # the mean colour's own L2
         if not self.adversarial:
             yield Loss(rec, terms)
             return
@@ -155,13 +153,6 @@ def l2(y: Tensor, truth: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
     """Equation 1: the squared error where it is asked for, per pixel of that and colour, then the mean over images."""
     error = (weight * (y - truth).square()).flatten(1).sum(1)
     return (error / (truth.shape[1] * asked.flatten(1).sum(1))).mean()
-
-
-def one_colour(truth: Tensor, weight: Tensor, asked: Tensor) -> Tensor:
-    """[1, 3, 1, 1]: the colour with the least `l2` in all images."""
-    each = weight / asked.flatten(1).sum(1).view(-1, 1, 1, 1)
-    total = (each * torch.ones_like(truth[:, :1])).sum((0, 2, 3), keepdim=True)
-    return (each * truth).sum((0, 2, 3), keepdim=True) / total
 
 
 def surprise(logits: Tensor, real: bool) -> Tensor:

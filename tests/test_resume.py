@@ -117,8 +117,8 @@ def test_home_and_locale_do_not_matter(environment, run_process, photos, tmp_pat
 
 
 def test_durations_do_not_follow_the_clock_on_the_wall():
-    """It may jump; `time.time` stands only in the message for torchrun, which wants one, and where a report asks how old
-    a run's last sign of life is, a file's time."""
+    """It may jump; `time.time` stands only in the message for torchrun, which wants one, and where a report asks how
+    old a run's last sign of life is, a file's time."""
     room = Path(loop.__file__).parents[1]
     where = [
         path.relative_to(room).as_posix()

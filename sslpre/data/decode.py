@@ -172,7 +172,7 @@ def to_canvas(image: np.ndarray, side: int) -> np.ndarray:
     """Squash uint8 [h, w, 3] to uint8 [side, side, 3], bilinear and antialiased; the same array if it has that size.
 
     By torch's kernel for uint8, on x86 the same with every instruction set. It rounds after rows and after columns, as
-    Pillow's does: within one level of it, but for one value in a hundred million, where both roundings part, within two.
+    Pillow does: within one level of it, but for one value in a hundred million, where both roundings part, within two.
     """
     if image.shape[:2] == (side, side):
         return image
